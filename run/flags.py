@@ -1,0 +1,90 @@
+"""The flags that all three training scripts share, named and explained once."""
+
+import argparse
+from pathlib import Path
+
+
+def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -> None:
+    """Add --out and the flags of data, optimisation and running; `defaults` overrides values."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, default=Path(out), help="folder that the run writes")
+    group.add_argument("--seed", type=int, default=0, help="of weights and batch order, 0 or more")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the forward pass; auto is bfloat16 on CUDA, float32 elsewhere",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the models")
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=int, default=1000, help="optimizer steps, 1 or more")
+    group.add_argument(
+        "--batch_size", type=int, default=16, help="sequences of one optimizer step, 1 or more"
+    )
+    group.add_argument(
+        "--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat), 2+"
+    )
+    group.add_argument(
+        "--accumulation_steps",
+        type=int,
+        default=1,
+        help="parts that a batch is cut into: the same result in less memory, 1 to batch_size",
+    )
+    group.add_argument(
+        "--optimizer",
+        default="muon",
+        choices=("muon", "adamw"),
+        help="muon: Muon for the hidden matrices, AdamW for the rest; adamw: AdamW for all",
+    )
+    group.add_argument("--learning_rate", type=float, default=0.012, help="peak rate, above 0")
+    group.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up, 0 or more")
+    group.add_argument("--weight_decay", type=float, default=0.1, help="of matrices, 0 or more")
+    group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm; 0 is off")
+    group.add_argument("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
+    group.add_argument(
+        "--patience",
+        type=int,
+        default=0,
+        help="stop after this many evaluations without a better held-out loss; 0 is off",
+    )
+    parser.set_defaults(**defaults)
+
+
+# flag: (smallest, largest)
+RANGES = {
+    "seed": (0, 2**31),
+    "steps": (1, 10**9),
+    "batch_size": (1, 2**20),
+    "seq_len": (2, 2**20),
+    "accumulation_steps": (1, 2**20),
+    "learning_rate": (1e-12, 100.0),
+    "warmup": (0, 10**9),
+    "weight_decay": (0.0, 100.0),
+    "grad_clip": (0.0, 1e9),
+    "eval_every": (1, 10**9),
+    "patience": (0, 10**9),
+    "alpha": (0.0, 1.0),
+    "temperature": (1e-3, 1e3),
+    "data_share": (1e-6, 1.0),
+    "tag_weight": (0.0, 1e6),
+    "think_weight": (0.0, 1e6),
+    "answer_weight": (0.0, 1e6),
+}
+
+
+def check_flags(args) -> None:
+    """Raise ValueError, naming the flag and its range, for a value that cannot work."""
+    for name, value in vars(args).items():
+        if name in RANGES and value is not None:
+            low, high = RANGES[name]
+            if not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"--{name} {value} must be between {low:g} and {high:g}")
+    if args.accumulation_steps > args.batch_size:
+        raise ValueError(
+            f"--accumulation_steps {args.accumulation_steps} cannot cut a batch of "
+            f"{args.batch_size} sequences: lower it or raise --batch_size"
+        )

@@ -1,0 +1,267 @@
+"""The folder of a run: log, checkpoints, resume, record.
+
+    config.json, model.safetensors, tokenizer.json ...   the last weights: a Hugging Face folder
+    best/                                                 the same, of the lowest held-out loss
+    log.csv                                               one row per logged step
+    run.json                                              what ran, where, and what came out
+    resume/state.pt                                       only while the run is unfinished
+
+`resume/state.pt` holds everything that the next step depends on: weights, optimizer, step, best
+loss and the log so far. Batches depend on (data, seed, step) alone, so the data position is the
+step, and a run that was killed and resumed ends with the same bits as one that was not.
+"""
+
+import csv
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .files import atomic_path, read_json, write_json
+from .optim import Optimizer
+from .setup import peak_memory_mb
+
+LOG_EVERY = 10
+NOT_IN_RESULT = ("out", "resume", "overwrite")  # flags that do not change what is computed
+LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
+
+
+class Finished(Exception):
+    """Raised by `Run` where --resume finds nothing left to do."""
+
+
+class Run:
+    """Keeps the record of one training run; the training itself stays in the script."""
+
+    def __init__(self, args, student, optimizer: Optimizer, device, save_model):
+        """save_model(folder) writes the student's checkpoint."""
+        self.args, self.student, self.optimizer, self.device = args, student, optimizer, device
+        self.save_model = save_model
+        self.out = Path(args.out)
+        self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.step = 0  # steps done
+        self.tokens = 0  # positions computed, padding included
+        self.best_loss, self.best_step = float("inf"), 0
+        self.earlier_seconds = 0.0
+        self.rows: list[dict] = []
+        self.stop_signal = None
+        self.prepare_folder()
+        self.started = time.perf_counter()
+
+    # Start and resume.
+
+    def prepare_folder(self) -> None:
+        """Refuse to lose a run that is already there; continue it with --resume."""
+        state, record = self.out / "resume" / "state.pt", self.out / "run.json"
+        if self.args.resume:
+            if record.is_file():
+                self.check_same_flags(read_json(record)["args"])
+                raise Finished(f"{self.out}: finished already, nothing to resume")
+            if state.is_file():
+                self.load_state(state)
+            else:
+                print(f"{self.out}: no state to resume, starting at step 0")
+        elif record.is_file() or state.is_file():
+            if not self.args.overwrite:
+                raise ValueError(
+                    f"{self.out} already holds a run: pass --resume to go on with it, --overwrite "
+                    "to replace it, or another --out"
+                )
+            record.unlink(missing_ok=True)
+            shutil.rmtree(self.out / "resume", ignore_errors=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def check_same_flags(self, before: dict) -> None:
+        for name, value in self.flags.items():
+            if name not in NOT_IN_RESULT and before.get(name) != value:
+                raise ValueError(
+                    f"cannot resume {self.out} with --{name} {value}: it ran with "
+                    f"{before.get(name)}; use that, or another --out"
+                )
+
+    def load_state(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path} cannot be read ({reason}): start again with --overwrite"
+            ) from None
+        self.check_same_flags(json.loads(state["flags"]))
+        self.student.load_state_dict(state["student"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        self.rows, self.earlier_seconds = json.loads(state["rows"]), state["seconds"]
+        print(f"{self.out}: resuming after step {self.step}")
+
+    def save_state(self) -> None:
+        with atomic_path(self.out / "resume" / "state.pt") as temporary:
+            torch.save(
+                {
+                    "student": self.student.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "best_loss": self.best_loss,
+                    "best_step": self.best_step,
+                    "seconds": self.seconds(),
+                    "rows": json.dumps(self.rows),
+                    "flags": json.dumps(self.flags),
+                },
+                temporary,
+            )
+        self.write_log()
+
+    # The loop.
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of every step that is left, under a progress bar.
+
+        Ctrl-C and SIGTERM end the loop after the step that is running: the state is saved, and
+        the command that goes on is printed.
+        """
+        self.student.train()
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self.note_signal)
+        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.out.name, mininterval=0.5)
+        try:
+            with bar as self.bar:
+                while self.step < self.args.steps and not self.patience_is_over():
+                    yield self.step
+                    self.bar.update()
+                    if self.stop_signal is not None:
+                        self.save_state()
+                        raise KeyboardInterrupt(
+                            f"saved at step {self.step}; go on with the same command and --resume"
+                        )
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def note_signal(self, number, frame) -> None:
+        self.stop_signal = number
+
+    def log(self, loss: torch.Tensor, rate: float, tokens: int) -> bool:
+        """Count the step that was just made; returns whether it is time to evaluate."""
+        self.step += 1
+        self.tokens += tokens
+        if self.step % LOG_EVERY == 0 or self.step in (1, self.args.steps):
+            value = float(loss)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError(
+                    f"the loss at step {self.step} is {value}: lower --learning_rate "
+                    f"({self.args.learning_rate:g}) or --grad_clip; nothing was saved over"
+                )
+            self.rows.append(
+                {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "train_loss": value,
+                    "learning_rate": rate,
+                    "val_loss": None,
+                    "seconds": round(self.seconds(), 2),
+                }
+            )
+            speed = self.tokens / self.seconds()
+            self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        return self.step % self.args.eval_every == 0 or self.step == self.args.steps
+
+    def evaluated(self, val_loss: float) -> None:
+        """Record a held-out loss; keep the weights if it is the lowest so far; save the state."""
+        if not self.rows or self.rows[-1]["step"] != self.step:
+            self.rows.append({"step": self.step, "tokens": self.tokens})
+        self.rows[-1]["val_loss"] = val_loss
+        if val_loss < self.best_loss:
+            self.best_loss, self.best_step = val_loss, self.step
+            self.save_model(self.out / "best")
+        self.save_state()
+        self.student.train()
+
+    def patience_is_over(self) -> bool:
+        waited = (self.step - self.best_step) // self.args.eval_every
+        return self.args.patience > 0 and self.best_step > 0 and waited >= self.args.patience
+
+    # The end.
+
+    def finish(self, config: dict, metrics: dict) -> dict:
+        """Write the last weights and run.json, remove the resume state; returns the record."""
+        self.save_model(self.out)
+        self.write_log()
+        record = {
+            "argv": sys.argv,
+            "args": self.flags,
+            "config": config,
+            "seed": self.args.seed,
+            **git_state(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": describe_device(self.device),
+            "threads": torch.get_num_threads(),
+            "parameters": self.student.num_parameters(),
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds(), 2),
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "best_val_loss": self.best_loss,
+            "best_step": self.best_step,
+            "metrics": metrics,
+        }
+        write_json(self.out / "run.json", record)
+        shutil.rmtree(self.out / "resume", ignore_errors=True)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{self.out}: {shown}, {record['seconds']:.0f} s")
+        return record
+
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def write_log(self) -> None:
+        with atomic_path(self.out / "log.csv") as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, LOG_COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+
+def git_state() -> dict:
+    """The commit of this code, and whether files differ from it; None without git."""
+
+    def git(*words):
+        try:
+            result = subprocess.run(
+                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
+            )
+        except OSError:
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    dirty = None if status is None else bool(status)
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the GPU, or of the processor and the number of its cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,70 @@
+"""The optimizer and the learning-rate schedule.
+
+Muon (Jordan et al. 2024) takes the momentum of a weight matrix to the nearest matrix whose singular
+values are all 1, so that every direction of the matrix learns at one speed. It suits hidden
+matrices only; embeddings, norms and biases go to AdamW. torch.optim.Muon with "match_rms_adamw"
+scales its updates to the size of AdamW's (Liu et al. 2025, 2502.16982), so both share one rate.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class Optimizer:
+    """AdamW alone, or Muon beside AdamW, behind one step, zero_grad and state_dict."""
+
+    def __init__(self, student: nn.Module, args):
+        matrices, embeddings, vectors = [], [], []
+        for name, parameter in student.named_parameters():
+            if parameter.ndim < 2:
+                vectors.append(parameter)
+            elif "embed_tokens" in name or "lm_head" in name:
+                embeddings.append(parameter)
+            else:
+                matrices.append(parameter)
+        decay, rate = args.weight_decay, args.learning_rate
+        groups = [
+            {"params": embeddings, "weight_decay": decay},
+            {"params": vectors, "weight_decay": 0.0},  # a norm's scale should not shrink
+        ]
+        self.parts: list[torch.optim.Optimizer] = []
+        if args.optimizer == "muon":
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        else:
+            groups.append({"params": matrices, "weight_decay": decay})
+        self.parts.append(torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True))
+        self.parameters = matrices + embeddings + vectors
+        self.args = args
+
+    def step(self, step: int) -> float:
+        """Clip the gradient, set the rate of `step`, update, clear; returns the rate."""
+        if self.args.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip)
+        rate = learning_rate(step, self.args)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return rate
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up over --warmup steps, then a cosine from the peak down to a tenth of it."""
+    if step < args.warmup:
+        return args.learning_rate * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

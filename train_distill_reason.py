@@ -1,0 +1,180 @@
+"""Stage 3: distill by reasoning. The student learns to write the steps, then the answer.
+
+    loss = sum_s w(s) * CE(s) / sum_s w(s)         w: 0 on the prompt, 10 on the four tags, 1 else
+
+    <think>
+    Ben: 12+5=17
+    Cal: 17*3=51
+    </think>
+    <answer>
+    51
+    </answer>
+
+A small model cannot compute 51 in one token, but it can write the way there. Whose words it learns
+from is the data's matter: gold traces, or those that a teacher wrote (dataset.make_traces).
+
+    python train_distill_reason.py                                       # gold traces
+    python train_distill_reason.py --student out/teacher --out out/reason_teacher
+    python -m dataset.make_traces --teacher out/reason_teacher           # out/traces.jsonl
+    python train_distill_reason.py --data out/traces.jsonl --out out/from_teacher
+    python train_distill_reason.py --teacher out/reason_teacher --out out/reason_kl
+
+With --teacher the loss is alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), both with the
+weights w. Without one this is how a reasoning teacher is made. See what came out with
+python -m eval.reasoning. Shapes: B batch, S sequence, V vocabulary, N tokens with a weight.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.chat import ChatData
+from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
+from distill import mixed_loss, reasoning_weights, weighted_cross_entropy
+from eval.metrics import evaluate
+from model import load_model, make_or_load, save_model
+from run.batches import microbatches
+from run.files import command_line
+from run.flags import add_common_flags
+from run.folder import Run
+from run.optim import Optimizer
+from run.setup import autocast, setup
+
+EVAL_EXAMPLES = 256  # held-out conversations of the evaluations during training; all at the end
+
+
+def compute_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    """Weighted cross-entropy, mixed with the KL where there is a teacher; a scalar.
+
+    Logits (1, N, V), labels and weights (1, N).
+    """
+    if teacher_logits is None:
+        return weighted_cross_entropy(student_logits, labels, weights)
+    return mixed_loss(student_logits, teacher_logits, labels, weights, temperature, alpha)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("reasoning")
+    group.add_argument(
+        "--student", default="out/student", help="checkpoint folder, or preset (nano, micro, ...)"
+    )
+    group.add_argument(
+        "--data", default="out/data/reason_train.jsonl", help="jsonl of conversations with traces"
+    )
+    group.add_argument(
+        "--tokenizer", default="out/data", help="folder of the tokenizer for a preset"
+    )
+    group.add_argument("--tag_weight", type=float, default=10.0, help="of the four tags, 0 on")
+    group.add_argument("--think_weight", type=float, default=1.0, help="inside <think>, 0 on")
+    group.add_argument("--answer_weight", type=float, default=1.0, help="inside <answer>, 0 on")
+    group.add_argument(
+        "--answers_only", action="store_true", help="drop the <think> spans: what traces are worth"
+    )
+    group.add_argument("--teacher", default=None, help="checkpoint folder; adds the KL")
+    group.add_argument("--alpha", type=float, default=0.5, help="with --teacher: 0 (KL) to 1 (CE)")
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="with --teacher: T, 0.001 to 1000"
+    )
+    add_common_flags(
+        parser, out="out/reasoner", steps=800, batch_size=64, seq_len=256, learning_rate=0.01
+    )
+    return parser.parse_args(argv)
+
+
+def open_models(args, device):
+    """Student, teacher (or None), and the folder of the tokenizer that both must share."""
+    folder = args.student if Path(args.student).is_dir() else args.tokenizer
+    if args.student == "out/student" and folder != args.student:
+        raise ValueError(
+            "no student in 'out/student': make one with: python train_distillation.py, or start "
+            "from a preset: --student nano"
+        )
+    student = make_or_load(args.student, load_tokenizer(folder).get_vocab_size(), device)
+    if args.teacher is None or args.alpha == 1:
+        return student, None, folder
+    teacher = load_model(args.teacher, device).requires_grad_(False)
+    if tokenizer_hash(args.teacher) != tokenizer_hash(folder):
+        raise ValueError(
+            f"the tokenizer of teacher {args.teacher} is not the one of {folder}: both must use "
+            "one tokenizer; re-train one of them on the other's data"
+        )
+    return student, teacher, folder
+
+
+def main(args) -> dict:
+    # 1. Setup: flags, seed, device, precision.
+    device = setup(args)
+    # 2. Models first: the student's folder says which tokenizer reads the data.
+    student, teacher, tokenizer_folder = open_models(args, device)
+    student_body = torch.compile(student.model, dynamic=True) if args.compile else student.model
+    # 3. Data: a conversation's labels are the assistant's words only.
+    tokenizer = load_tokenizer(tokenizer_folder)
+    data, held_out = (
+        ChatData(args.data, tokenizer, split, args.seq_len, answers_only=args.answers_only)
+        for split in ("train", "val")
+    )
+    print(
+        f"{args.data}: {data.size} conversations, {data.cut} cut to {args.seq_len} tokens, "
+        f"{data.padding_share(args.batch_size):.1%} padding"
+    )
+    tag_ids = tuple(special_id(tokenizer, tag) for tag in TAGS)
+    end_of_turn = special_id(tokenizer, "<|im_end|>")
+    # 4. Optimizer.
+    optimizer = Optimizer(student, args)
+    # 5. Resume, if asked to.
+    run = Run(
+        args, student, optimizer, device, lambda out: save_model(student, out, tokenizer_folder)
+    )
+    # 6. Train.
+    for step in run.steps():
+        input_ids, labels = data.batch(step, args.batch_size, args.seed)  # (B, S) each
+        weights = reasoning_weights(
+            labels, args.tag_weight, args.think_weight, args.answer_weight, tag_ids, end_of_turn
+        )
+        loss = torch.zeros((), device=device)
+        for ids, targets, weight, share in microbatches(
+            (input_ids, labels, weights), weights, args.accumulation_steps
+        ):
+            # Logits only where a token weighs: two thirds of the positions are the prompt's.
+            chosen = (weight > 0).to(device)
+            ids, targets, weight = ids.to(device), targets.to(device), weight.to(device)
+            with autocast(device, args.dtype):
+                student_logits = student.lm_head(student_body(ids)[chosen])[None]  # (1, N, V)
+                teacher_logits = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        teacher_logits = teacher.lm_head(teacher.model(ids)[chosen])[None]
+            part = compute_loss(
+                student_logits,
+                teacher_logits,
+                targets[chosen][None],
+                weight[chosen][None],
+                args.temperature,
+                args.alpha,
+            )
+            (part * share.to(device)).backward()
+            loss += part.detach() * share.to(device)
+        rate = optimizer.step(step)
+        if run.log(loss, rate, tokens=input_ids.numel()):
+            batches = held_out.evaluation_batches(args.batch_size, EVAL_EXAMPLES)
+            run.evaluated(evaluate(student, batches)["val_loss"])
+    # 7. Evaluate on all that is held out, and save.
+    batches = held_out.evaluation_batches(args.batch_size, held_out.size)
+    metrics = evaluate(student, batches, teacher=teacher)
+    return run.finish(student.config.to_json(), metrics)
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())

@@ -1,0 +1,176 @@
+"""Stage 2: distill by logits. The student learns from the text and from the teacher's whole guess.
+
+    loss = alpha * CE + (1 - alpha) * T^2 * KL( softmax(teacher / T) || softmax(student / T) )
+
+A label names one next token; the teacher's distribution says how likely every token was. At each
+position the student is told V numbers instead of one, so it learns more from the same text.
+
+    python train_pretrain.py                                   # once: the teacher, out/teacher
+    python train_distillation.py                               # out/student, T = 1, alpha = 0.5
+    python train_distillation.py --temperature 4 --alpha 0 --out out/soft
+    python train_distillation.py --data chats.jsonl --student out/student --out out/chat
+
+alpha = 1 is plain training and never runs the teacher; alpha = 0 never reads the labels. --data is
+a folder made by dataset.prepare, or a jsonl of conversations, of which only the assistant's turns
+count. Next: train_distill_reason.py. Shapes: B batch, S sequence, V vocabulary, D width.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.chat import ChatData
+from dataset.packing import PackedText
+from dataset.tokenizer import load_tokenizer, tokenizer_hash
+from distill import mixed_loss
+from eval.metrics import evaluate
+from model import load_model, make_or_load, read_config, save_model
+from run.batches import microbatches
+from run.files import command_line
+from run.flags import add_common_flags
+from run.folder import Run
+from run.optim import Optimizer
+from run.setup import autocast, setup
+from run.teacher_cache import TeacherCache
+
+EVAL_EXAMPLES = 100  # held-out windows or conversations of the evaluations during training
+
+
+def compute_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar; logits (B, S, V), labels (B, S).
+
+    Both halves are means over the tokens whose label is not -100 (distill/logits.py).
+    """
+    return mixed_loss(student_logits, teacher_logits, labels, labels != -100, temperature, alpha)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher", default="out/teacher", help="checkpoint folder")
+    group.add_argument(
+        "--student", default="nano", help="preset (nano, micro, mini, ...) or checkpoint folder"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="T, 0.001 to 1000; above 1 is softer"
+    )
+    group.add_argument(
+        "--alpha", type=float, default=0.5, help="0 (only the teacher) to 1 (only the labels)"
+    )
+    group.add_argument(
+        "--cache_teacher",
+        action="store_true",
+        help="keep the teacher's hidden states in its folder: pays from the second student on",
+    )
+    group.add_argument(
+        "--data", default="out/data", help="folder made by dataset.prepare, or a chat jsonl"
+    )
+    group.add_argument(
+        "--data_share", type=float, default=1.0, help="first part of the text to use, above 0 to 1"
+    )
+    add_common_flags(parser, out="out/student")
+    return parser.parse_args(argv)
+
+
+def open_data(args):
+    """Training and held-out data of --data, both with the teacher's tokenizer."""
+    if str(args.data).endswith(".jsonl"):
+        if args.data_share != 1.0 or args.cache_teacher:
+            raise ValueError("--data_share and --cache_teacher need --data to be a prepared folder")
+        tokenizer = load_tokenizer(args.teacher)
+        train = ChatData(args.data, tokenizer, "train", args.seq_len)
+        print(
+            f"{args.data}: {train.size} conversations, {train.cut} cut to {args.seq_len} "
+            f"tokens, {train.padding_share(args.batch_size):.1%} padding"
+        )
+        return train, ChatData(args.data, tokenizer, "val", args.seq_len)
+    text = PackedText(args.data, "train", args.seq_len, args.data_share)
+    if args.alpha < 1 and tokenizer_hash(args.teacher) != text.meta["tokenizer_sha256"]:
+        raise ValueError(
+            f"the tokenizer of teacher {args.teacher} (vocabulary "
+            f"{read_config(args.teacher).vocab_size}) is not the one of {args.data} (vocabulary "
+            f"{text.vocab_size}): both must use one tokenizer; re-train the teacher on this data, "
+            "or prepare the data with the teacher's tokenizer: python -m dataset.prepare "
+            f"--tokenizer {args.teacher}"
+        )
+    return text, PackedText(args.data, "val", args.seq_len)
+
+
+def main(args) -> dict:
+    # 1. Setup: flags, seed, device, precision.
+    device = setup(args)
+    needs_teacher = args.alpha < 1
+    if needs_teacher and not Path(args.teacher).is_dir():
+        raise ValueError(
+            f"no teacher in '{args.teacher}': make one with: python train_pretrain.py "
+            f"--out {args.teacher}"
+        )
+    # 2. Data: windows of a token stream, or conversations padded to their batch.
+    data, held_out = open_data(args)
+    packed = isinstance(data, PackedText)
+    # 3. Models: the teacher is fixed, the student learns.
+    teacher = load_model(args.teacher, device).requires_grad_(False) if needs_teacher else None
+    if packed and not needs_teacher:
+        vocab_size = data.vocab_size
+    else:
+        vocab_size = read_config(args.teacher).vocab_size
+    student = make_or_load(args.student, vocab_size, device)
+    cache = None
+    if args.cache_teacher and needs_teacher:
+        cache = TeacherCache(teacher, args.teacher, data, device, autocast(device, args.dtype))
+    student_forward = torch.compile(student) if args.compile else student
+    teacher_forward = torch.compile(teacher) if args.compile and needs_teacher else teacher
+    # 4. Optimizer.
+    optimizer = Optimizer(student, args)
+    # 5. Resume, if asked to.
+    tokenizer_folder = args.data if packed else args.teacher
+    run = Run(
+        args, student, optimizer, device, lambda out: save_model(student, out, tokenizer_folder)
+    )
+    # 6. Train.
+    for step in run.steps():
+        input_ids, labels = data.batch(step, args.batch_size, args.seed)  # (B, S) each
+        tensors = (input_ids, labels)
+        if cache is not None:  # the teacher's hidden states (B, S, D), computed once for all runs
+            tensors += (cache.take(data.window_ids(step, args.batch_size, args.seed)),)
+        loss = torch.zeros((), device=device)
+        for ids, targets, *hidden, share in microbatches(
+            tensors, (labels != -100).float(), args.accumulation_steps
+        ):
+            ids, targets = ids.to(device), targets.to(device)
+            with autocast(device, args.dtype):
+                student_logits = student_forward(ids)  # (B, S, V)
+                teacher_logits = None
+                with torch.no_grad():
+                    if hidden:
+                        teacher_logits = teacher.lm_head(hidden[0].to(device))
+                    elif needs_teacher:
+                        teacher_logits = teacher_forward(ids)
+            part = compute_loss(
+                student_logits, teacher_logits, targets, args.temperature, args.alpha
+            ) * share.to(device)
+            part.backward()
+            loss += part.detach()
+        rate = optimizer.step(step)
+        if run.log(loss, rate, tokens=input_ids.numel()):
+            batches = held_out.evaluation_batches(args.batch_size, EVAL_EXAMPLES)
+            run.evaluated(evaluate(student, batches)["val_loss"])
+    # 7. Evaluate on all that is held out, beside the teacher, and save.
+    bytes_per_token = held_out.bytes_per_token if packed else None
+    batches = held_out.evaluation_batches(args.batch_size, held_out.size)
+    metrics = evaluate(student, batches, bytes_per_token, teacher)
+    return run.finish(student.config.to_json(), metrics)
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())
