@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat import ChatData
+from dataset.chat import PARTS, ChatData
 from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
 from distill import mixed_loss, reasoning_weights, weighted_cross_entropy
 from eval.metrics import evaluate
@@ -42,7 +42,7 @@ from run.folder import Run
 from run.optim import Optimizer
 from run.setup import autocast, setup
 
-EVAL_EXAMPLES = 256  # held-out conversations of the evaluations during training; all at the end
+EVAL, FINAL_EVAL = 256, 1000  # held-out conversations, during training and at the end
 
 
 def compute_loss(
@@ -125,9 +125,10 @@ def main(args) -> dict:
         ChatData(args.data, tokenizer, split, args.seq_len, answers_only=args.answers_only)
         for split in ("train", "val")
     )
+    parts = max(args.accumulation_steps, PARTS)
     print(
         f"{args.data}: {data.size} conversations, {data.cut} cut to {args.seq_len} tokens, "
-        f"{data.padding_share(args.batch_size):.1%} padding"
+        f"{data.padding_share(args.batch_size, parts):.1%} padding"
     )
     tag_ids = tuple(special_id(tokenizer, tag) for tag in TAGS)
     end_of_turn = special_id(tokenizer, "<|im_end|>")
@@ -145,7 +146,7 @@ def main(args) -> dict:
         )
         loss = torch.zeros((), device=device)
         for ids, targets, weight, share in microbatches(
-            (input_ids, labels, weights), weights, args.accumulation_steps
+            (input_ids, labels, weights), weights, parts
         ):
             # Logits only where a token weighs: two thirds of the positions are the prompt's.
             chosen = (weight > 0).to(device)
@@ -167,11 +168,11 @@ def main(args) -> dict:
             (part * share.to(device)).backward()
             loss += part.detach() * share.to(device)
         rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=input_ids.numel()):
-            batches = held_out.evaluation_batches(args.batch_size, EVAL_EXAMPLES)
+        if run.log(loss, rate, tokens=int((labels != -100).sum())):
+            batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
-    # 7. Evaluate on all that is held out, and save.
-    batches = held_out.evaluation_batches(args.batch_size, held_out.size)
+    # 7. Evaluate on more of what is held out, and save.
+    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
     metrics = evaluate(student, batches, teacher=teacher)
     return run.finish(student.config.to_json(), metrics)
 

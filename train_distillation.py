@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat import ChatData
+from dataset.chat import PARTS, ChatData
 from dataset.packing import PackedText
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import mixed_loss
@@ -35,7 +35,7 @@ from run.optim import Optimizer
 from run.setup import autocast, setup
 from run.teacher_cache import TeacherCache
 
-EVAL_EXAMPLES = 100  # held-out windows or conversations of the evaluations during training
+EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
 
 
 def compute_loss(
@@ -91,7 +91,7 @@ def open_data(args):
         train = ChatData(args.data, tokenizer, "train", args.seq_len)
         print(
             f"{args.data}: {train.size} conversations, {train.cut} cut to {args.seq_len} "
-            f"tokens, {train.padding_share(args.batch_size):.1%} padding"
+            f"tokens, {train.padding_share(args.batch_size, PARTS):.1%} padding"
         )
         return train, ChatData(args.data, tokenizer, "val", args.seq_len)
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
@@ -144,9 +144,8 @@ def main(args) -> dict:
         if cache is not None:  # the teacher's hidden states (B, S, D), computed once for all runs
             tensors += (cache.take(data.window_ids(step, args.batch_size, args.seed)),)
         loss = torch.zeros((), device=device)
-        for ids, targets, *hidden, share in microbatches(
-            tensors, (labels != -100).float(), args.accumulation_steps
-        ):
+        parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
+        for ids, targets, *hidden, share in microbatches(tensors, (labels != -100).float(), parts):
             ids, targets = ids.to(device), targets.to(device)
             with autocast(device, args.dtype):
                 student_logits = student_forward(ids)  # (B, S, V)
@@ -162,12 +161,12 @@ def main(args) -> dict:
             part.backward()
             loss += part.detach()
         rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=input_ids.numel()):
-            batches = held_out.evaluation_batches(args.batch_size, EVAL_EXAMPLES)
+        if run.log(loss, rate, tokens=int((labels != -100).sum())):
+            batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
-    # 7. Evaluate on all that is held out, beside the teacher, and save.
+    # 7. Evaluate on more of what is held out, beside the teacher, and save.
     bytes_per_token = held_out.bytes_per_token if packed else None
-    batches = held_out.evaluation_batches(args.batch_size, held_out.size)
+    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
     metrics = evaluate(student, batches, bytes_per_token, teacher)
     return run.finish(student.config.to_json(), metrics)
 

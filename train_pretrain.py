@@ -29,7 +29,7 @@ from run.folder import Run
 from run.optim import Optimizer
 from run.setup import autocast, setup
 
-EVAL_WINDOWS = 100  # held-out windows of the evaluations during training; all at the end
+EVAL, FINAL_EVAL = 100, 400  # held-out windows of the evaluations during training and at the end
 
 
 def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ def main(args) -> dict:
             part.backward()
             loss += part.detach()
         rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=input_ids.numel()):
-            batches = held_out.evaluation_batches(args.batch_size, EVAL_WINDOWS)
+        if run.log(loss, rate, tokens=labels.numel()):
+            batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
-    # 7. Evaluate on all that is held out, and save.
-    batches = held_out.evaluation_batches(args.batch_size, held_out.size)
+    # 7. Evaluate on more of what is held out, and save.
+    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
     metrics = evaluate(student, batches, held_out.bytes_per_token)
     return run.finish(student.config.to_json(), metrics)
 

@@ -12,8 +12,8 @@
     </answer>
 
 A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
-shared equally) or from that and an earlier one (a total). Facts about other things, and people
-that the question does not need, are mixed in, and all facts stand in shuffled order.
+shared equally) or from that and an earlier one (a total). Facts about other things are mixed in,
+and all facts stand in shuffled order.
 
 Training and test never share a problem: a problem's split follows from the hash of its equations,
 so neither other names nor another order of the facts makes a test problem a new one.
@@ -76,7 +76,7 @@ def make_problem(rng: random.Random, steps: int) -> Problem:
 
 def try_problem(rng: random.Random, steps: int) -> Problem | None:
     """One attempt; None where a number left the range."""
-    people = rng.sample(NAMES, steps + 4)
+    people = rng.sample(NAMES, steps + 3)
     thing, *other_things = rng.sample(OBJECTS, 3)
     values = [rng.randint(2, 30)]
     facts = [f"{people[0]} has {values[0]} {thing}."]
@@ -112,12 +112,15 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         values.append(result)
         lines.append(f"{name}: {equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
-    for extra, other in zip(people[steps + 1 :], other_things, strict=False):
-        if rng.random() < 0.5:
-            if rng.random() < 0.5:  # another thing
-                facts.append(f"{extra} has {rng.randint(2, 30)} {other}.")
-            else:  # the same thing, of somebody who does not matter
-                facts.append(f"{extra} has {rng.randint(2, 20)} more {thing} than {people[0]}.")
+    # Distractors: what two more people have of other things.
+    owner, other_owner = people[steps + 1 : steps + 3]
+    if rng.random() < 0.5:
+        facts.append(f"{owner} has {rng.randint(2, 30)} {other_things[0]}.")
+    if rng.random() < 0.25:
+        relation = (
+            f"{rng.randint(2, 20)} more {other_things[1]} than {people[rng.randint(0, steps)]}"
+        )
+        facts.append(f"{other_owner} has {relation}.")
     rng.shuffle(facts)
     return Problem(" ".join([*facts, asked]), tuple(lines), values[-1])
 

@@ -11,8 +11,19 @@ def microbatches(tensors: tuple[Tensor, ...], weights: Tensor, parts: int) -> It
     weights (B, S) is what each token counts in the loss, which is a mean over tokens. A piece with
     few valid tokens must count less than one with many, so the batch's loss is the sum of
     share * loss(piece); averaging the pieces' means (the usual shortcut) would be another loss.
+
+    A piece ends at its last token that counts: what stands to the right of it (padding) cannot
+    matter under causal attention. Where rows are sorted by length this removes most padding.
     """
     total = weights.sum()
     chunks = [tensor.chunk(parts) for tensor in (*tensors, weights)]
     for *pieces, weight in zip(*chunks, strict=True):
-        yield (*pieces, weight.sum() / total.clamp(min=1e-9))
+        end = length_in_use(weight)
+        if end:
+            yield (*(piece[:, :end] for piece in pieces), weight.sum() / total)
+
+
+def length_in_use(weights: Tensor) -> int:
+    """Columns of weights (B, S) up to the last one that is not all zero."""
+    columns = (weights > 0).any(0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 0

@@ -46,10 +46,16 @@ def read_json(path) -> dict:
     return value
 
 
+class Finished(Exception):
+    """Raised where --resume finds nothing left to do."""
+
+
 def command_line(main, args=None) -> None:
     """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
     try:
         main(args)
+    except Finished as reason:
+        print(reason)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -26,17 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .files import atomic_path, read_json, write_json
+from .files import Finished, atomic_path, read_json, write_json
 from .optim import Optimizer
 from .setup import peak_memory_mb
 
 LOG_EVERY = 10
+bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
-
-
-class Finished(Exception):
-    """Raised by `Run` where --resume finds nothing left to do."""
 
 
 class Run:
@@ -49,7 +46,7 @@ class Run:
         self.out = Path(args.out)
         self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.step = 0  # steps done
-        self.tokens = 0  # positions computed, padding included
+        self.tokens = 0  # labels learned from
         self.best_loss, self.best_step = float("inf"), 0
         self.earlier_seconds = 0.0
         self.rows: list[dict] = []
@@ -135,7 +132,14 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self.note_signal)
-        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.out.name, mininterval=0.5)
+        bar = tqdm(
+            total=self.args.steps,
+            initial=self.step,
+            desc=self.out.name,
+            mininterval=0.5,
+            position=bar_position,
+            leave=bar_position is None,
+        )
         try:
             with bar as self.bar:
                 while self.step < self.args.steps and not self.patience_is_over():

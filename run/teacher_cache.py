@@ -31,14 +31,17 @@ class TeacherCache:
             "teacher_sha256": hashlib.sha256(weights).hexdigest(),
             "text_sha256": text.meta["train"]["sha256"],
             "seq_len": text.seq_len,
+            "windows": text.size,
         }
-        windows = (len(text.stream) - 1) // text.seq_len  # all, so that every data share can use it
-        shape = (windows, text.seq_len, teacher.config.hidden_size)
         path = Path(teacher_folder) / f"hidden_{text.seq_len}.f16"
         header_path = path.with_suffix(".json")
-        size = 2 * int(np.prod(shape))
-        known = header_path.is_file() and read_json(header_path) == self.header
-        if not (known and path.is_file() and path.stat().st_size == size):
+        known = read_json(header_path) if header_path.is_file() else {}
+        # A cache of more windows holds those of a smaller share of the text: it is a prefix.
+        windows = max(known.get("windows", 0), text.size)
+        shape = (windows, text.seq_len, teacher.config.hidden_size)
+        whole = path.is_file() and path.stat().st_size == 2 * int(np.prod(shape))
+        if not whole or known != {**self.header, "windows": windows}:
+            shape = (text.size, *shape[1:])
             header_path.unlink(missing_ok=True)
             self.write(path, shape, teacher, text, device, autocast)
             write_json(header_path, self.header)

@@ -1,0 +1,46 @@
+"""Asking a model to answer problems: read them, and write its replies, batched."""
+
+from tqdm import tqdm
+
+from model import generate
+
+from .chat import check_conversation, encode_prompt
+from .sources import read_jsonl
+from .tokenizer import special_id
+
+MAX_NEW_TOKENS = 160
+BATCH = 250
+
+
+def read_problems(path) -> list[dict]:
+    """The jsonl's problems: their turns up to the last user turn, answer, and steps if given."""
+    problems = []
+    for number, value in read_jsonl(path):
+        where = f"{path} line {number}"
+        turns = check_conversation(value, where, need_answer=False)
+        while turns and turns[-1]["role"] != "user":
+            turns = turns[:-1]
+        if not turns or "answer" not in value:
+            raise ValueError(f'{where} needs a user turn and an "answer"')
+        problems.append({"turns": turns, "answer": value["answer"], "steps": value.get("steps", 0)})
+    return problems
+
+
+def write_replies(
+    model, tokenizer, problems: list[dict], max_new_tokens=MAX_NEW_TOKENS, **sampling
+) -> list[list[int]]:
+    """The model's reply to every problem, as token ids; like lengths are batched together."""
+    prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies: list[list[int]] = [[] for _ in prompts]
+    stop_ids = (special_id(tokenizer, "<|im_end|>"), special_id(tokenizer, "<|endoftext|>"))
+    with tqdm(total=len(prompts), desc="replies", unit="problem", mininterval=0.5) as bar:
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            written = generate(
+                model, [prompts[i] for i in rows], max_new_tokens, stop_ids=stop_ids, **sampling
+            )
+            for row, ids in zip(rows, written, strict=True):
+                replies[row] = ids
+            bar.update(len(rows))
+    return replies

@@ -1,0 +1,109 @@
+"""Talk to a model in the terminal; words appear as they are made.
+
+    python -m eval.chat --model out/reasoner
+    python -m eval.chat --model out/reasoner --teacher out/reason_teacher     # both reply
+    python -m eval.chat --model out/student --complete                        # go on with a text
+
+An empty line or Ctrl-D ends the talk. "/new" forgets what was said.
+"""
+
+import argparse
+
+import torch
+
+from dataset.chat import encode_prompt
+from dataset.tokenizer import decode, encode, load_tokenizer, special_id
+from model import load_model, stream
+from run.files import command_line
+from run.setup import choose_device
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
+    parser.add_argument(
+        "--teacher", default=None, help="a second folder, to reply beside the first"
+    )
+    parser.add_argument("--complete", action="store_true", help="continue your text, without turns")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; 0 to 10")
+    parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0 is off")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample within this mass; 1 is off"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="of one reply, 1 or more")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could otherwise command the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)
+
+
+def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
+    """Print the reply while it is made; return it whole."""
+    stops = tuple(special_id(tokenizer, name) for name in ("<|im_end|>", "<|endoftext|>"))
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    ids, shown = [], ""
+    for token in stream(
+        model,
+        prompt[-room:],  # the oldest words are forgotten first
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop_ids=stops,
+        generator=generator,
+    ):
+        ids.append(token)
+        text = decode(tokenizer, ids)
+        if not text.endswith("\ufffd"):  # a character of several bytes may not be whole yet
+            print(printable(text[len(shown) :]), end="", flush=True)
+            shown = text
+    print(printable(decode(tokenizer, ids)[len(shown) :]))
+    return decode(tokenizer, ids)
+
+
+def main(args) -> None:
+    device = choose_device(args.device)
+    for name, low, high in (("temperature", 0, 10), ("top_p", 0, 1), ("max_new_tokens", 1, 10**6)):
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name} {value} must be between {low} and {high}")
+    speakers = []
+    for folder in filter(None, (args.model, args.teacher)):
+        model = load_model(folder, device)
+        if args.max_new_tokens >= model.config.max_position_embeddings:
+            raise ValueError(
+                f"--max_new_tokens {args.max_new_tokens} must be below the "
+                f"{model.config.max_position_embeddings} positions of {folder}"
+            )
+        speakers.append((folder, model, load_tokenizer(folder), []))
+    generator = torch.Generator(device=device).manual_seed(args.seed)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        for folder, model, tokenizer, turns in speakers:
+            if said == "/new":
+                turns.clear()
+                continue
+            if len(speakers) > 1:
+                print(f"[{folder}]")
+            if args.complete:
+                reply(model, tokenizer, encode(tokenizer, said), args, generator)
+                continue
+            turns.append({"role": "user", "content": said})
+            prompt = encode_prompt(tokenizer, turns)
+            content = reply(model, tokenizer, prompt, args, generator)
+            turns.append({"role": "assistant", "content": content})
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())

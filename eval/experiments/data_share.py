@@ -1,0 +1,28 @@
+"""What little text does: plain and distilled students that may read only a share of it.
+
+    python -m eval.experiments.data_share --preset quick
+
+Every run makes the same number of steps, so a small share is read several times over. The teacher
+has read all of it. Column best_val_loss has the lowest held-out loss on the way: what early
+stopping would have kept.
+"""
+
+from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+
+
+def experiment(scale):
+    arms = []
+    for share in scale.data_shares:
+        arms.append(
+            (f"plain {share:g}", lambda seed, s=share: pretrained(scale, scale.student, seed, s))
+        )
+        arms.append((f"distilled {share:g}", lambda seed, s=share: distilled(scale, seed, share=s)))
+    return text_experiment(scale, "data_share", arms)
+
+
+def run(scale, results) -> None:
+    run_experiments([experiment(scale)], results)
+
+
+if __name__ == "__main__":
+    experiment_main(__doc__, run)

@@ -1,0 +1,145 @@
+"""Training runs as values: what to run, after what, and a pool that runs them.
+
+A `Job` is one call of a script's own `main` with its flags; two experiments that need the same
+run name the same Job, and it runs once. On a CPU small models leave cores idle, so several jobs
+run side by side, each on its share of the cores; on a GPU they run one after another.
+"""
+
+import importlib
+import os
+import shlex
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import run.folder
+from run.files import Finished, read_json
+from run.setup import available_cores
+
+
+@dataclass(frozen=True)
+class Job:
+    """script: a module with parse_args and main, as `python script.py` or `python -m package.x`.
+    out: what it writes. flags: (name, value) pairs; value None for a switch."""
+
+    script: str
+    out: str
+    flags: tuple[tuple[str, object], ...]
+    needs: tuple["Job", ...] = ()
+
+    @property
+    def argv(self) -> list[str]:
+        words = []
+        for name, value in self.flags:
+            words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+        return [*words, "--out", self.out]
+
+    @property
+    def command(self) -> str:
+        module = f"-m {self.script}" if "." in self.script else f"{self.script}.py"
+        return f"python {module} {shlex.join(self.argv)}"
+
+    @property
+    def record_path(self) -> Path:
+        """The file that exists once the job is done."""
+        if self.script == "dataset.make_traces":
+            return Path(self.out + ".finished.json")
+        return Path(self.out) / "run.json"
+
+    def is_done(self) -> bool:
+        """Raises ValueError where --out holds a run with other flags."""
+        if not self.record_path.is_file():
+            return False
+        recorded = read_json(self.record_path)["args"]
+        for name, value in self.flags:
+            expected = str(True if value is None else value)
+            if str(recorded.get(name)) != expected:
+                raise ValueError(
+                    f"{self.out} holds a run with --{name} {recorded.get(name)}, this experiment "
+                    f"needs {expected}: move or delete that folder"
+                )
+        return True
+
+    def record(self) -> dict:
+        return read_json(self.record_path)
+
+
+def execute(job: Job) -> None:
+    """Run one job in this process; what it had begun before is resumed."""
+    module = importlib.import_module(job.script)
+    resumable = job.script.startswith("train_")
+    try:
+        module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
+    except Finished:
+        pass
+
+
+def start_worker(threads: int, lock, positions) -> None:
+    """Settle a worker process: its threads, and its own line for the progress bar."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(lock)
+    with positions.get_lock():
+        run.folder.bar_position = positions.value
+        positions.value += 1
+
+
+def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, workers=None) -> None:
+    """Run all jobs and what they need, each once, those it needs first; print every command.
+
+    after_each is called whenever a job has finished. workers: processes side by side; by default 1
+    with a GPU, else one for every core up to 4.
+    Raises what a job raised; the other running jobs finish first.
+    """
+    waiting = unfinished(jobs)
+    if not waiting:
+        return
+    if workers is None:
+        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        workers = 1 if gpu else min(4, available_cores())
+    threads = max(1, available_cores() // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
+    context = get_context("spawn")
+    shared = (threads, context.RLock(), context.Value("i", 1))
+    total, running = len(waiting), {}
+    with (
+        tqdm(total=total, desc="runs", unit="run", position=0) as bar,
+        ProcessPoolExecutor(workers, context, start_worker, shared) as pool,
+    ):
+        while waiting or running:
+            ready = [job for job in waiting if not any(need in waiting for need in job.needs)]
+            ready = [job for job in ready if not set(job.needs) & set(running.values())]
+            for job in ready[: workers - len(running)]:
+                waiting.remove(job)
+                bar.write("$ " + job.command)
+                running[pool.submit(execute, job)] = job
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                try:
+                    future.result()
+                except BaseException:
+                    bar.write(f"failed: {job.command}")
+                    waiting.clear()
+                    raise
+                bar.update()
+            if done:
+                after_each()
+
+
+def unfinished(jobs: list[Job]) -> list[Job]:
+    """The jobs that must run, without repeats, every one after those it needs."""
+    ordered: dict[Job, None] = {}
+
+    def visit(job: Job) -> None:
+        for need in job.needs:
+            visit(need)
+        ordered.setdefault(job)
+
+    for job in jobs:
+        visit(job)
+    return [job for job in ordered if not job.is_done()]

@@ -1,0 +1,80 @@
+"""How large the experiments are: `quick` to see it work, `standard` for the pictures, `full`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all experiments at one preset."""
+
+    name: str
+    teacher: str  # the reference teacher's preset
+    student: str
+    teacher_sizes: tuple[str, ...]  # for the curve; the student's own size first
+    seeds: int  # of every experiment
+    headline_seeds: int  # of the plain student and the distilled one
+    text_steps: int
+    text_batch: int
+    seq_len: int
+    text_share: float  # how much of the text is "all of it"
+    reason_teacher: str
+    reason_steps: int
+    reason_batch: int
+    vocab_size: int = 2048
+    temperatures: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    data_shares: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+
+
+SCALES = {
+    "quick": Scale(
+        name="quick",
+        teacher="mini",
+        student="nano",
+        teacher_sizes=("nano", "micro", "mini"),
+        seeds=1,
+        headline_seeds=2,
+        text_steps=250,
+        text_batch=16,
+        seq_len=128,
+        text_share=0.3,
+        reason_teacher="micro",
+        reason_steps=400,
+        reason_batch=64,
+        temperatures=(0.5, 1.0, 2.0, 4.0),
+        alphas=(0.0, 0.5, 1.0),
+        data_shares=(0.1, 1.0),
+    ),
+    "standard": Scale(
+        name="standard",
+        teacher="mini",
+        student="nano",
+        teacher_sizes=("nano", "micro", "mini", "midi"),
+        seeds=3,
+        headline_seeds=3,
+        text_steps=500,
+        text_batch=16,
+        seq_len=128,
+        text_share=1.0,
+        reason_teacher="mini",
+        reason_steps=800,
+        reason_batch=64,
+    ),
+    # 25M and 104M teachers, a 5M student: for one laptop GPU.
+    "full": Scale(
+        name="full",
+        teacher="base",
+        student="small",
+        teacher_sizes=("small", "base", "large"),
+        seeds=3,
+        headline_seeds=3,
+        text_steps=2000,
+        text_batch=32,
+        seq_len=256,
+        text_share=1.0,
+        reason_teacher="base",
+        reason_steps=2000,
+        reason_batch=64,
+        vocab_size=6400,
+    ),
+}

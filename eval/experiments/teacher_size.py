@@ -1,0 +1,27 @@
+"""What teacher size does: one student, distilled from teachers of several sizes.
+
+    python -m eval.experiments.teacher_size --preset quick
+
+The smallest teacher has the student's own size: what it adds is not knowledge from more
+parameters but the form of the target. Each teacher's own loss is a row beside its student's.
+"""
+
+from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+
+
+def experiment(scale):
+    arms = []
+    for size in reversed(scale.teacher_sizes):  # the longest runs first
+        arms.append((f"teacher {size}", lambda seed, s=size: pretrained(scale, s, seed)))
+        arms.append(
+            (f"student of {size}", lambda seed, s=size: distilled(scale, seed, teacher_size=s))
+        )
+    return text_experiment(scale, "teacher_size", arms)
+
+
+def run(scale, results) -> None:
+    run_experiments([experiment(scale)], results)
+
+
+if __name__ == "__main__":
+    experiment_main(__doc__, run)

@@ -1,0 +1,112 @@
+"""Greedy answers on held-out problems: how many are right, and is the reasoning true?
+
+    python -m eval.reasoning --model out/reasoner
+    python -m eval.reasoning --model out/reasoner --problems mine.jsonl --out answers.jsonl
+
+For every number of steps:
+
+    accuracy      share of answers that equal the problem's, exactly
+    well_formed   share of the form <think>...</think> <answer>...</answer> and nothing else
+    verified      share of which every line is a true equation on known numbers, the last the answer
+    think_tokens  mean tokens inside <think>...</think>
+
+Every answer is written to a jsonl: counts can be wrong, and the words show how.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from dataset.problems import check_response
+from dataset.replies import read_problems, write_replies
+from dataset.tokenizer import decode, load_tokenizer, special_id
+from model import load_model
+from run.files import atomic_path, command_line
+from run.setup import choose_device, keep_freed_memory
+
+
+def think_tokens(tokenizer, ids: list[int]) -> int:
+    """Tokens between <think> and </think>, or to the end where it is not closed."""
+    opening, closing = special_id(tokenizer, "<think>"), special_id(tokenizer, "</think>")
+    if opening not in ids:
+        return 0
+    rest = ids[ids.index(opening) + 1 :]
+    return rest.index(closing) if closing in rest else len(rest)
+
+
+def judge(tokenizer, problem: dict, ids: list[int]) -> dict:
+    """One line of the answers jsonl."""
+    question, reply = problem["turns"][-1]["content"], decode(tokenizer, ids)
+    check = check_response(question, reply)
+    return {
+        "question": question,
+        "reply": reply,
+        "answer": problem["answer"],
+        "steps": problem["steps"],
+        "correct": check.answer is not None and check.answer == problem["answer"],
+        "well_formed": check.well_formed,
+        "verified": check.verified,
+        "think_tokens": think_tokens(tokenizer, ids),
+    }
+
+
+def summarise(judged: list[dict]) -> dict[int, dict]:
+    """Means by number of steps; 0 stands for all problems together."""
+    table = {}
+    for steps in [0, *sorted({line["steps"] for line in judged} - {0})]:
+        lines = [line for line in judged if steps in (0, line["steps"])]
+        table[steps] = {
+            "problems": len(lines),
+            "accuracy": sum(line["correct"] for line in lines) / len(lines),
+            "well_formed": sum(line["well_formed"] for line in lines) / len(lines),
+            "verified": sum(line["verified"] for line in lines) / len(lines),
+            "think_tokens": sum(line["think_tokens"] for line in lines) / len(lines),
+        }
+    return table
+
+
+def evaluate_reasoning(folder, problems_path, answers_path=None, device="cpu") -> dict[int, dict]:
+    """Answer all problems greedily; write the answers; return `summarise`'s table."""
+    student, tokenizer = load_model(folder, device), load_tokenizer(folder)
+    problems = read_problems(problems_path)
+    replies = write_replies(student, tokenizer, problems)
+    judged = [judge(tokenizer, p, ids) for p, ids in zip(problems, replies, strict=True)]
+    if answers_path is not None:
+        with atomic_path(answers_path) as temporary:
+            lines = [json.dumps(line, ensure_ascii=False) for line in judged]
+            temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    return summarise(judged)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
+    parser.add_argument(
+        "--problems", default="out/data/reason_test.jsonl", help="jsonl of problems"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="jsonl of answers [MODEL/answers.jsonl]"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    keep_freed_memory()
+    answers = args.out or Path(args.model) / "answers.jsonl"
+    table = evaluate_reasoning(args.model, args.problems, answers, choose_device(args.device))
+    print(
+        f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"
+    )
+    for steps, row in table.items():
+        print(
+            f"{steps or 'all':>5} {row['problems']:8d} {row['accuracy']:8.1%} "
+            f"{row['well_formed']:8.1%} {row['verified']:8.1%} {row['think_tokens']:8.1f}"
+        )
+    print(f"every answer: {answers}")
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())

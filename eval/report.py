@@ -1,0 +1,86 @@
+"""One table of everything that was measured, in text and Markdown, made from the CSVs.
+
+python -m eval.reproduce writes it to RESULTS/README.md, and prints it.
+"""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from eval.plots import PICTURES, by_arm, rows_of
+from run.files import atomic_path
+
+TEXT = ("headline", "temperature", "alpha", "teacher_size", "data_share", "optimizer")
+
+
+def mean_and_spread(rows: list[dict], column: str, scale: float = 1.0, digits: int = 3) -> str:
+    """ "3.412 ± 0.004": mean and standard deviation over seeds; "-" where it was not measured."""
+    values = [scale * float(row[column]) for row in rows if row.get(column)]
+    if not values:
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose columns line up in plain text too."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    rows = [header, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+
+
+def text_table(results: Path) -> str:
+    header = ["experiment", "arm", "seeds", "held-out loss", "bits/byte", "KL", "agreement %", "s"]
+    lines = []
+    for name in TEXT:
+        for arm, rows in by_arm(rows_of(results, name)).items():
+            lines.append(
+                [
+                    name,
+                    arm,
+                    str(len(rows)),
+                    mean_and_spread(rows, "val_loss"),
+                    mean_and_spread(rows, "bits_per_byte"),
+                    mean_and_spread(rows, "kl"),
+                    mean_and_spread(rows, "agreement", 100, 1),
+                    mean_and_spread(rows, "seconds", 1, 0),
+                ]
+            )
+    return table(header, lines)
+
+
+def reasoning_table(results: Path) -> str:
+    header = ["arm", "seeds", *(f"{n} step %" for n in range(1, 6)), "formed %", "verified %", "s"]
+    lines = []
+    for arm, rows in by_arm(rows_of(results, "reasoning")).items():
+        columns = [f"accuracy_{n}" for n in range(1, 6)] + ["well_formed", "verified"]
+        cells = [mean_and_spread(rows, column, 100, 0) for column in columns]
+        lines.append([arm, str(len(rows)), *cells, mean_and_spread(rows, "seconds", 1, 0)])
+    return table(header, lines)
+
+
+def write_report(results: Path, scale) -> str:
+    """Write RESULTS/README.md; returns the tables."""
+    tables = text_table(results) + "\n\n" + reasoning_table(results)
+    devices = {row["device"] for row in rows_of(results, "headline")}
+    pictures = [name for name in PICTURES if (Path(results) / name / "plot.png").is_file()]
+    parts = [
+        f"# Results of preset `{scale.name}`",
+        f"Made by `python -m eval.reproduce --preset {scale.name}` on {', '.join(sorted(devices))} "
+        f"for each of the runs side by side ({platform.system()}, Python "
+        f"{platform.python_version()}). Every CSV row holds the command of its run.",
+        f"Text: Shakespeare's plays, {scale.text_steps} steps of {scale.text_batch} x "
+        f"{scale.seq_len} tokens. Mean ± standard deviation over seeds; the seed is that of data "
+        "order, student and teacher together. Held-out loss in nats a token on three whole plays; "
+        "KL and agreement beside the student's own teacher, for plain students beside the "
+        "reference teacher. s: seconds of training, without the teacher's own.",
+        tables,
+        *(f"![{name}]({name}/plot.png)" for name in pictures),
+    ]
+    with atomic_path(Path(results) / "README.md") as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", "utf-8")
+    return tables

@@ -1,0 +1,64 @@
+"""The whole story in one command: data, teachers, students, distillation, reasoning, pictures.
+
+    python -m eval.reproduce                        # quick: under 10 minutes on two cores
+    python -m eval.reproduce --preset standard      # 3 seeds: the pictures of the README
+    python -m eval.reproduce --preset full          # sizes for one laptop GPU
+
+Every training run's command is printed, so that it can be run alone. What is done already is not
+done again: stop it whenever you like, and the same command goes on.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from eval import plots
+from eval.experiments import (
+    alpha,
+    curves,
+    data_share,
+    headline,
+    optimizer,
+    reasoning,
+    soft_labels,
+    teacher_size,
+    temperature,
+)
+from eval.experiments.common import prepare_data, root, run_experiments
+from eval.experiments.scales import SCALES
+from eval.report import write_report
+from run.files import command_line
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=tuple(SCALES), default="quick", help="sizes and seeds")
+    parser.add_argument(
+        "--results", type=Path, default=None, help="folder of CSV and PNG [out/PRESET/results]"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    started = time.perf_counter()
+    scale = SCALES[args.preset]
+    results = args.results or Path(root(scale)) / "results"
+    prepare_data(scale)
+    # One pool for all runs; those that others wait for, and the longest, come first.
+    order = (headline, reasoning, teacher_size, temperature, alpha, data_share, optimizer)
+    run_experiments([module.experiment(scale) for module in order], results)
+    curves.run(scale, results)
+    soft_labels.run(scale, results)
+    pictures = plots.draw_all(results)
+    table = write_report(results, scale)
+    print("\n" + table)
+    print("\npictures:")
+    for path in pictures:
+        print(f"  {path}")
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())

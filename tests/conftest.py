@@ -1,0 +1,35 @@
+"""What all tests share: one thread (two would only fight), and one small prepared folder."""
+
+import random
+
+import pytest
+import torch
+
+from dataset import prepare
+
+torch.set_num_threads(1)
+
+WORDS = "the sea ship wind king queen crown night day star song stone river long cold old and but "
+WORDS += "of to in sings falls rises burns sleeps calls 1 27 394 Éire naïve"
+
+
+def small_text(seed: int, lines: int = 120) -> str:
+    """About 4 kB of random sentences, the same for the same seed."""
+    rng = random.Random(seed)
+    words = WORDS.split()
+    return "".join(" ".join(rng.choices(words, k=8)) + ".\n" for _ in range(lines))
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory):
+    """A folder made by dataset.prepare from 6 small documents, with a vocabulary of 400.
+
+    Read-only: a test that changes a file must copy the folder first.
+    """
+    texts, out = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared")
+    for number in range(6):
+        (texts / f"{number}.txt").write_text(small_text(number), "utf-8")
+    flags = ["--text", texts, "--out", out, "--vocab_size", 400, "--val_share", 0.2]
+    flags += ["--problems", 150, "--prompts", 20, "--test_problems", 20]
+    prepare.main(prepare.parse_args([str(flag) for flag in flags]))
+    return out

@@ -1,0 +1,336 @@
+"""A checkpoint folder comes back bit for bit, and is a Hugging Face folder; a folder that is not
+whole, not of this architecture or not of these sizes is refused with the key, shape or file."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import ModelConfig, Transformer, load_model, make_or_load, read_config, save_model
+
+TINY = ModelConfig(
+    vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=6, intermediate_size=12, max_position_embeddings=64,
+    rope_theta=500.0, rms_norm_eps=3e-4,
+)  # fmt: skip
+VARIANTS = {
+    "llama": TINY,
+    "untied": replace(TINY, tie_word_embeddings=False),
+    "qwen2": replace(TINY, attention_bias=True),
+    "qwen3": replace(TINY, qk_norm=True, tie_word_embeddings=False),
+}
+ONE = "model.layers.0.self_attn.q_proj.weight"
+
+
+def random_model(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(random_model(), tmp_path)
+    return tmp_path
+
+
+def change_json(path, remove=(), **values):
+    content = json.loads(path.read_text())
+    for name in remove:
+        del content[name]
+    path.write_text(json.dumps(content | values))
+
+
+def change_weights(folder, change):
+    """Read model.safetensors, let `change` edit the dict, write it back."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def assert_same_bits(got, expected):
+    got, expected = got.state_dict(), expected.state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+# What comes back.
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip_is_bit_equal(name, tmp_path):
+    model = random_model(VARIANTS[name])
+    save_model(model, tmp_path / "new" / "folder")
+    loaded = load_model(tmp_path / "new" / "folder")
+    assert loaded.config == model.config
+    assert_same_bits(loaded, model)
+    ids = torch.tensor([[1, 5, 16, 2]])
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_a_loaded_model_can_train_and_stays_tied(folder):
+    loaded = load_model(folder)
+    assert not loaded.training
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    loaded(torch.tensor([[1, 2]])).sum().backward()
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.zero_()
+    assert loaded(torch.tensor([[1, 2]])).abs().max() == 0
+
+
+def test_loaded_weights_do_not_hang_on_the_file(folder):
+    """Overwriting the folder that a model was loaded from must not change the model."""
+    loaded, expected = load_model(folder), random_model()
+    save_model(random_model(seed=1), folder)
+    assert_same_bits(loaded, expected)
+    assert_same_bits(load_model(folder), random_model(seed=1))
+
+
+def test_dtypes(tmp_path):
+    model = random_model().bfloat16()
+    save_model(model, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")[ONE].dtype == torch.bfloat16
+    assert_same_bits(load_model(tmp_path, dtype=torch.bfloat16), model)
+    assert_same_bits(load_model(tmp_path), model.float())  # float32 by default
+
+
+@pytest.mark.parametrize("name", ["llama", "untied"])
+def test_a_sharded_checkpoint(name, tmp_path):
+    model = random_model(VARIANTS[name])
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[:7], names[7:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({key: weights[key] for key in part}, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    assert_same_bits(load_model(tmp_path), model)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors does not exist"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{}, {ONE: "../model.safetensors"}, {ONE: "/etc/passwd"}, [ONE], {ONE: 3}]
+)
+def test_a_bad_shard_index_is_refused(folder, weight_map):
+    """A file outside of the folder is never opened."""
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="weight_map"):
+        load_model(folder)
+
+
+def test_old_exports_store_rotary_tables_and_the_tied_head_too(folder):
+    def change(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    change_weights(folder, change)
+    assert_same_bits(load_model(folder), random_model())
+
+
+# What the folder says.
+
+
+@pytest.mark.parametrize(
+    "name, architecture, model_type",
+    [
+        ("llama", "LlamaForCausalLM", "llama"),
+        ("qwen2", "Qwen2ForCausalLM", "qwen2"),
+        ("qwen3", "Qwen3ForCausalLM", "qwen3"),
+    ],
+)
+def test_config_json_has_hugging_face_fields(name, architecture, model_type, tmp_path):
+    save_model(random_model(VARIANTS[name]), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [architecture]
+    assert config["model_type"] == model_type
+    expected = {
+        "vocab_size": 17, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 12,
+        "max_position_embeddings": 64, "rope_theta": 500.0, "rms_norm_eps": 3e-4,
+        "hidden_act": "silu", "tie_word_embeddings": name != "qwen3",
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_the_weights_file_holds_hugging_face_names(folder):
+    names = set(load_file(folder / "model.safetensors"))
+    assert ONE in names and "model.norm.weight" in names
+    assert "lm_head.weight" not in names  # tied: stored once
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert set(generation["eos_token_id"]) == {0, 2}
+
+
+def test_the_tokenizer_is_copied(tmp_path):
+    source, out = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_text(f"content of {name}")
+    save_model(random_model(), out, source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_text() == f"content of {name}"
+    save_model(random_model(), out, out)  # into the folder where it lies already
+    assert (out / "tokenizer.json").read_text() == "content of tokenizer.json"
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_config_of_transformers_4_and_its_defaults(folder):
+    """An older Llama config.json names neither head_dim nor rope_theta nor the tied head."""
+    old = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 17, "hidden_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
+        "rope_scaling": None, "torch_dtype": "float16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(old))
+    assert read_config(folder) == ModelConfig(
+        vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=4, intermediate_size=12, max_position_embeddings=2048,
+        rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def test_a_config_of_transformers_5(folder):
+    change_json(
+        folder / "config.json",
+        remove=["rope_theta"],
+        rope_parameters={"rope_theta": 777.0, "rope_type": "default"},
+    )
+    assert asdict(read_config(folder)) == asdict(replace(TINY, rope_theta=777.0))
+
+
+# What is refused.
+
+
+def test_a_missing_key(folder):
+    change_weights(folder, lambda weights: weights.pop(ONE))
+    with pytest.raises(ValueError, match=rf"{ONE}' is missing \(1 in all\)"):
+        load_model(folder)
+
+
+def test_an_unexpected_key(folder):
+    change_weights(folder, lambda weights: weights.update({"model.extra.weight": torch.ones(2)}))
+    with pytest.raises(ValueError, match="unexpected weight 'model.extra.weight'"):
+        load_model(folder)
+
+
+def test_a_missing_head(folder):
+    """Without tying, a folder that stores no head is not whole."""
+    change_json(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (8, 12), (96,), (1, 12, 8)])
+def test_a_wrong_shape(folder, shape):
+    """(8, 12) and (96,) have the right number of values: a reshape would go unnoticed."""
+    change_weights(folder, lambda weights: weights.update({ONE: torch.ones(shape)}))
+    with pytest.raises(ValueError, match=rf"{ONE}' has shape \({shape[0]},.*\(12, 8\)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 18}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}]
+)
+def test_a_config_of_another_model(folder, change):
+    change_json(folder / "config.json", **change)
+    with pytest.raises(ValueError, match="embed_tokens|layers"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_a_truncated_file(folder, keep):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
+        load_model(folder)
+
+
+def test_a_pickle_is_not_read(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(random_model().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "none"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_scaling": "linear"}, "linear"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_size": "8"}, "hidden_size"),
+        ({"rope_theta": "many"}, "many"),
+        ({"num_key_value_heads": 4}, "4 key-value heads"),
+    ],
+)
+def test_what_this_model_cannot_compute(folder, change, named):
+    change_json(folder / "config.json", **change)
+    with pytest.raises(ValueError, match=f"config.json: .*{named}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_an_incomplete_config(folder, name):
+    change_json(folder / "config.json", remove=[name])
+    with pytest.raises(ValueError, match=f"no key '{name}'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udc80"])
+def test_a_damaged_config(folder, content):
+    (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="config.json"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("load", [load_model, read_config])
+def test_a_missing_folder(tmp_path, load):
+    with pytest.raises(ValueError, match="no checkpoint in .*nowhere"):
+        load(tmp_path / "nowhere")
+
+
+# make_or_load.
+
+
+def test_make_a_preset():
+    torch.manual_seed(3)
+    model = make_or_load("nano", 300)
+    torch.manual_seed(3)
+    assert_same_bits(model, Transformer(ModelConfig.preset("nano", 300)))
+    assert model.config.vocab_size == 300 and model.config.hidden_size == 64
+
+
+def test_load_a_folder_with_the_same_vocabulary(folder):
+    assert_same_bits(make_or_load(str(folder), 17), random_model())
+    with pytest.raises(ValueError, match="vocabulary 17.* 18 is needed"):
+        make_or_load(str(folder), 18)
+
+
+def test_neither_preset_nor_folder(tmp_path):
+    with pytest.raises(ValueError, match="no model preset or checkpoint folder"):
+        make_or_load(str(tmp_path / "nowhere"), 17)
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make_or_load(str(tmp_path), 17)

@@ -1,0 +1,431 @@
+"""The Transformer computes what its docstring says: every part, and the whole in its Llama, Qwen2
+and Qwen3 forms, against a slow float64 implementation that shares no line with it (explicit loops,
+rotations as complex numbers); its sizes, names and initial weights are those that are promised."""
+
+import cmath
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PRESETS, ModelConfig, Transformer, save_model
+from model.transformer import Attention, RMSNorm, SwiGLU, apply_rotary, rotary_tables
+
+TINY = ModelConfig(
+    vocab_size=13, hidden_size=12, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, intermediate_size=10, max_position_embeddings=32,
+    rope_theta=50.0, rms_norm_eps=1e-3,
+)  # fmt: skip
+VARIANTS = {
+    "llama": TINY,
+    "untied": replace(TINY, tie_word_embeddings=False),
+    "all heads have keys": replace(TINY, num_key_value_heads=4),
+    "one head has keys": replace(TINY, num_key_value_heads=1),
+    "qwen2": replace(TINY, attention_bias=True),
+    "qwen3": replace(TINY, qk_norm=True, tie_word_embeddings=False),
+}
+IDS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 12, 0]]
+
+
+def random_model(config, seed=0):
+    """Every parameter is drawn wide, biases and norms too, so that none can be forgotten."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            start = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(start + 0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# The slow implementation: lists of floats, one token at a time.
+
+
+def matvec(weight, x):
+    return [sum(w * v for w, v in zip(row, x, strict=True)) for row in weight]
+
+
+def slow_norm(x, scale, eps):
+    size = math.sqrt(sum(v * v for v in x) / len(x) + eps)
+    return [v / size * g for v, g in zip(x, scale, strict=True)]
+
+
+def slow_rotate(x, position, theta):
+    """Pair (i, i + d/2) is a complex number; turn it by position * theta^(-2i/d)."""
+    half = len(x) // 2
+    turned = [
+        complex(x[i], x[i + half]) * cmath.exp(1j * position * theta ** (-2 * i / len(x)))
+        for i in range(half)
+    ]
+    return [z.real for z in turned] + [z.imag for z in turned]
+
+
+def slow_softmax(scores):
+    largest = max(scores)
+    powers = [math.exp(score - largest) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def split_heads(x, head_dim):
+    return [x[i : i + head_dim] for i in range(0, len(x), head_dim)]
+
+
+def slow_attention(xs, weights, prefix, config):
+    """xs: S lists of D floats, normalised already -> S lists of D."""
+
+    def project(name, x):
+        out = matvec(weights[f"{prefix}{name}.weight"], x)
+        if config.attention_bias:
+            out = [a + b for a, b in zip(out, weights[f"{prefix}{name}.bias"], strict=True)]
+        return split_heads(out, config.head_dim)
+
+    queries, keys, values = [], [], []
+    for position, x in enumerate(xs):
+        query, key = project("q_proj", x), project("k_proj", x)
+        if config.qk_norm:
+            query, key = (
+                [slow_norm(h, weights[f"{prefix}{name}.weight"], config.rms_norm_eps) for h in part]
+                for name, part in (("q_norm", query), ("k_norm", key))
+            )
+        queries.append([slow_rotate(head, position, config.rope_theta) for head in query])
+        keys.append([slow_rotate(head, position, config.rope_theta) for head in key])
+        values.append(project("v_proj", x))
+    outputs = []
+    for s in range(len(xs)):
+        mixed = []
+        for head in range(config.num_attention_heads):
+            shared = head * config.num_key_value_heads // config.num_attention_heads
+            scores = [
+                sum(a * b for a, b in zip(queries[s][head], keys[t][shared], strict=True))
+                / math.sqrt(config.head_dim)
+                for t in range(s + 1)
+            ]
+            shares = slow_softmax(scores)
+            mixed += [
+                sum(share * values[t][shared][i] for t, share in enumerate(shares))
+                for i in range(config.head_dim)
+            ]
+        outputs.append(matvec(weights[f"{prefix}o_proj.weight"], mixed))
+    return outputs
+
+
+def slow_swiglu(x, gate, up, down):
+    gated = [
+        g / (1 + math.exp(-g)) * u for g, u in zip(matvec(gate, x), matvec(up, x), strict=True)
+    ]
+    return matvec(down, gated)
+
+
+def slow_transformer(weights, ids, config):
+    """Logits of one row of ids: S lists of V floats."""
+    xs = [weights["model.embed_tokens.weight"][index] for index in ids]
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}."
+        scale = weights[f"{at}input_layernorm.weight"]
+        normed = [slow_norm(x, scale, config.rms_norm_eps) for x in xs]
+        added = slow_attention(normed, weights, f"{at}self_attn.", config)
+        xs = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(xs, added, strict=True)]
+        scale = weights[f"{at}post_attention_layernorm.weight"]
+        mlp = [weights[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
+        added = [slow_swiglu(slow_norm(x, scale, config.rms_norm_eps), *mlp) for x in xs]
+        xs = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(xs, added, strict=True)]
+    normed = [slow_norm(x, weights["model.norm.weight"], config.rms_norm_eps) for x in xs]
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return [matvec(weights[head], x) for x in normed]
+
+
+def as_lists(module):
+    return {name: tensor.double().tolist() for name, tensor in module.state_dict().items()}
+
+
+def assert_close(got, expected, tolerance=2e-5):
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(got.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+# The parts.
+
+
+def test_rms_norm():
+    norm = RMSNorm(6, eps=0.1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(6) - 2.0)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    expected = [[slow_norm(v, norm.weight.tolist(), 0.1) for v in row] for row in x.tolist()]
+    assert_close(norm(x), expected)
+    assert_close(norm(x), F.rms_norm(x.double(), (6,), norm.weight.double(), 0.1))
+
+
+def test_rms_norm_is_computed_in_float32():
+    """In float16 the squares overflow, and every output would be 0."""
+    norm = RMSNorm(4, eps=1e-5).half()
+    x = torch.tensor([[300.0, -300.0, 600.0, 0.0]])
+    out = norm(x.half())
+    assert out.dtype == torch.float16
+    assert_close(out, F.rms_norm(x.double(), (4,)), 1e-3)
+
+
+@pytest.mark.parametrize("theta", [100.0, 10000.0])
+def test_rotary_is_a_complex_rotation_of_pairs(theta):
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))  # (B, heads, S, d)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 9, 30, 500, 1000]])
+    got = apply_rotary(x, *rotary_tables(positions, 8, theta))
+    expected = [
+        [
+            [slow_rotate(x[b, h, s].tolist(), int(positions[b, s]), theta) for s in range(5)]
+            for h in range(3)
+        ]
+        for b in range(2)
+    ]
+    assert_close(got, expected, 2e-4)  # the angle 1000 itself is rounded in float32
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 8, generator=generator)
+
+    def score(query_at, key_at):
+        tables = (rotary_tables(torch.tensor([[at]]), 8, 100.0) for at in (query_at, key_at))
+        turned = [apply_rotary(x, *t) for x, t in zip((query, key), tables, strict=True)]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
+
+
+def test_swiglu():
+    torch.manual_seed(0)
+    layer = SwiGLU(TINY)
+    weights = as_lists(layer)
+    x = torch.randn(1, 3, 12)
+    mlp = [weights[f"{name}_proj.weight"] for name in ("gate", "up", "down")]
+    assert_close(layer(x), [[slow_swiglu(v, *mlp) for v in x[0].tolist()]])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_attention(name):
+    config = VARIANTS[name]
+    torch.manual_seed(0)
+    layer = Attention(config)
+    x = torch.randn(2, 6, config.hidden_size)
+    rotary = rotary_tables(torch.arange(6)[None], config.head_dim, config.rope_theta)
+    weights = as_lists(layer)
+    assert_close(layer(x, rotary), [slow_attention(row, weights, "", config) for row in x.tolist()])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whole_transformer(name):
+    config = VARIANTS[name]
+    model = random_model(config)
+    weights = as_lists(model)
+    expected = [slow_transformer(weights, ids, config) for ids in IDS]
+    logits = model(torch.tensor(IDS))
+    assert logits.shape == (2, 7, 13)
+    assert_close(logits, expected, 2e-4)
+
+
+# What must and must not change a logit.
+
+
+def test_causality():
+    """A token changes the logits at its own position and after it, never before."""
+    model = random_model(TINY)
+    ids = torch.tensor(IDS)
+    before = model(ids)
+    for at in range(7):
+        changed = ids.clone()
+        changed[:, at] = (changed[:, at] + 1) % 13
+        after = model(changed)
+        torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-5)
+        difference = (after[:, at:] - before[:, at:]).abs().amax(-1)
+        assert difference.min() > 1e-3
+
+
+def test_right_padding_does_not_reach_a_logit():
+    model = random_model(TINY)
+    padded = F.pad(torch.tensor(IDS), (0, 6))
+    torch.testing.assert_close(model(padded)[:, :7], model(torch.tensor(IDS)), rtol=0, atol=1e-5)
+
+
+def test_positions_count_from_anywhere():
+    """Rotary attention knows distances only: shifting all positions changes nothing."""
+    model = random_model(TINY)
+    ids, positions = torch.tensor(IDS), torch.arange(7)[None]
+    shifted = model(ids, positions + 11)
+    torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)
+    stretched = model(ids, 2 * positions)
+    assert (stretched - shifted).abs().max() > 1e-2
+
+
+# Names, sizes, first weights.
+
+EMBEDDING = {"model.embed_tokens.weight": (13, 12), "model.norm.weight": (12,)}
+HEAD = {"lm_head.weight": (13, 12)}
+LAYER = {
+    "input_layernorm.weight": (12,),
+    "self_attn.q_proj.weight": (24, 12),
+    "self_attn.k_proj.weight": (12, 12),
+    "self_attn.v_proj.weight": (12, 12),
+    "self_attn.o_proj.weight": (12, 24),
+    "post_attention_layernorm.weight": (12,),
+    "mlp.gate_proj.weight": (10, 12),
+    "mlp.up_proj.weight": (10, 12),
+    "mlp.down_proj.weight": (12, 10),
+}
+BIASES = {f"self_attn.{x}_proj.bias": (width,) for x, width in (("q", 24), ("k", 12), ("v", 12))}
+HEAD_NORMS = {"self_attn.q_norm.weight": (6,), "self_attn.k_norm.weight": (6,)}
+
+
+@pytest.mark.parametrize(
+    "name, layer", [("llama", LAYER), ("qwen2", LAYER | BIASES), ("qwen3", LAYER | HEAD_NORMS)]
+)
+def test_parameter_names_and_shapes_are_hugging_face_names(name, layer):
+    config = replace(VARIANTS[name], num_hidden_layers=1)
+    expected = EMBEDDING | HEAD | {f"model.layers.0.{key}": size for key, size in layer.items()}
+    model = Transformer(config)
+    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == expected
+    stored = set(expected) - (set(HEAD) if config.tie_word_embeddings else set())
+    assert {key for key, _ in model.named_parameters()} == stored
+
+
+def test_a_tied_head_is_the_embedding():
+    model = Transformer(TINY)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model(torch.tensor([[1, 2]])).sum().backward()
+    unused = model.model.embed_tokens.weight.grad[7]  # read by the head alone
+    assert unused.abs().sum() > 0
+    untied = Transformer(replace(TINY, tie_word_embeddings=False))
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert untied.num_parameters() == model.num_parameters() + 13 * 12
+
+
+@pytest.mark.parametrize(
+    "name, vocab_size, millions",
+    [
+        ("nano", 2048, 0.2),
+        ("micro", 2048, 0.5),
+        ("mini", 2048, 1.0),
+        ("midi", 2048, 2.4),
+        ("small", 2048, 5.0),
+        ("base", 6400, 26),
+        ("large", 6400, 104),
+    ],
+)
+def test_presets_have_the_promised_size(name, vocab_size, millions):
+    with torch.device("meta"):  # sizes only
+        model = Transformer(ModelConfig.preset(name, vocab_size))
+    count = model.num_parameters()
+    assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions < 10 else 0.5)
+    width, layers, heads, shared, intermediate, _ = PRESETS[name]
+    attention = 2 * width * width * (1 + shared / heads)  # q and o; k and v are narrower
+    layer = attention + 3 * width * intermediate + 2 * width
+    assert count == vocab_size * width + layers * layer + width
+
+
+def test_initial_weights():
+    """Normal with deviation 0.02; what writes into the residual stream 0.02 / sqrt(2L)."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=500, hidden_size=96, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=24, intermediate_size=128, attention_bias=True,
+    )  # fmt: skip
+    for name, parameter in Transformer(config).named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(parameter, torch.zeros_like(parameter)), name
+        elif parameter.ndim == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            residual = "o_proj" in name or "down_proj" in name
+            expected = 0.02 / 4 if residual else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.05 * expected, name
+
+
+def test_the_residual_stream_does_not_grow_with_depth():
+    """Unscaled, what the layers add together would have 16 times the variance at 16 layers."""
+    sizes = []
+    for layers in (1, 16):
+        torch.manual_seed(0)
+        config = replace(ModelConfig.preset("nano", 200), num_hidden_layers=layers)
+        body = Transformer(config).model
+        x = body.embed_tokens(torch.arange(200).view(4, 50))
+        out = x
+        rotary = rotary_tables(torch.arange(50)[None], config.head_dim, config.rope_theta)
+        for layer in body.layers:
+            out = layer(out, rotary)
+        sizes.append((out - x).detach().std().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.3)
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.preset("nano", 512))
+    ids = torch.randint(512, (4, 32))
+    loss = F.cross_entropy(model(ids).flatten(0, 1), torch.randint(512, (4 * 32,)))
+    assert loss.item() == pytest.approx(math.log(512), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_model_overfits_one_batch(name):
+    """Random tokens can only be learned by heart, and only if every gradient flows."""
+    torch.manual_seed(0)
+    config = replace(
+        VARIANTS[name], vocab_size=29, hidden_size=32, intermediate_size=64, head_dim=8
+    )
+    model = Transformer(config)
+    tokens = torch.randint(29, (2, 13))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(120):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+# Configurations that cannot work.
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": -4}, "hidden_size"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers"),
+        ({"num_attention_heads": True}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"head_dim": 5}, "head_dim = 5"),
+        ({"attention_bias": True, "qk_norm": True}, "qk_norm"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(change, named):
+    with pytest.raises(ValueError, match=named):
+        replace(TINY, **change)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="no model preset or checkpoint folder 'huge'.*nano"):
+        ModelConfig.preset("huge", 2048)
+
+
+# The reference that people use.
+
+
+@pytest.mark.parametrize("name", ["llama", "untied", "qwen2", "qwen3"])
+def test_transformers_reads_our_folder_and_agrees(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(VARIANTS[name]).eval()
+    save_model(model, tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected = {"llama": "Llama", "untied": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
+    assert type(theirs).__name__ == f"{expected}ForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs.eval()(torch.tensor(IDS)).logits, model(torch.tensor(IDS)), rtol=1e-4, atol=1e-4
+        )
