@@ -3,8 +3,9 @@
     loss = sum_s w(s) * CE(s) / sum_s w(s)         w: 0 on the prompt, 10 on the four tags, 1 else
 
     <think>
-    Ben: 12+5=17
-    Cal: 17*3=51
+    Ann=12
+    Ben=12+5=17
+    Cal=17*3=51
     </think>
     <answer>
     51

@@ -127,7 +127,7 @@ def main(args) -> dict:
     student = make_or_load(args.student, vocab_size, device)
     cache = None
     if args.cache_teacher and needs_teacher:
-        cache = TeacherCache(teacher, args.teacher, data, device, autocast(device, args.dtype))
+        cache = TeacherCache(teacher, args.teacher, data, device, args.dtype)
     student_forward = torch.compile(student) if args.compile else student
     teacher_forward = torch.compile(teacher) if args.compile and needs_teacher else teacher
     # 4. Optimizer.

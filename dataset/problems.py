@@ -4,8 +4,9 @@
     Ben. How many pens does Cal have?
 
     <think>
-    Ben: 12+5=17
-    Cal: 17*3=51
+    Ann=12
+    Ben=12+5=17
+    Cal=17*3=51
     </think>
     <answer>
     51
@@ -29,14 +30,15 @@ NAMES = (
 ).split()
 OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".split()
 LARGEST = 99
-EQUATION = re.compile(r"(?:[^:\n]+: )?(\d+)([-+*/])(\d+)=(\d+)")
+GIVEN = re.compile(r"\w+=(\d+)")
+EQUATION = re.compile(r"\w+=(\d+)([-+*/])(\d+)=(\d+)")
 RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?\d+)\n</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the equations that solve it (one a step), and the integer answer."""
+    """A question, the lines that solve it (what is given, then one a step), and the answer."""
 
     question: str
     lines: tuple[str, ...]
@@ -44,12 +46,12 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        return len(self.lines)
+        return len(self.lines) - 1
 
     @property
     def equations(self) -> tuple[str, ...]:
-        """The lines without the names in front."""
-        return tuple(line.split(": ")[-1] for line in self.lines)
+        """The computed lines without the names in front."""
+        return tuple(line.split("=", 1)[1] for line in self.lines[1:])
 
     @property
     def split(self) -> str:
@@ -80,7 +82,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
     thing, *other_things = rng.sample(OBJECTS, 3)
     values = [rng.randint(2, 30)]
     facts = [f"{people[0]} has {values[0]} {thing}."]
-    lines = []
+    lines = [f"{people[0]}={values[0]}"]
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
         kinds = ["more", "fewer", "times", "share"] + ["total"] * (step > 1)
@@ -110,7 +112,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         if not 1 <= result <= LARGEST:
             return None
         values.append(result)
-        lines.append(f"{name}: {equation}={result}")
+        lines.append(f"{name}={equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
     # Distractors: what two more people have of other things.
     owner, other_owner = people[steps + 1 : steps + 3]
@@ -148,15 +150,15 @@ class TraceCheck:
     """What is right about a response: its form, its lines, its answer."""
 
     well_formed: bool  # exactly one <think> and one <answer> span, in that order, nothing else
-    verified: bool  # well formed, every line a true equation on known numbers, the last the answer
+    verified: bool  # well formed, every line true and on known numbers, the last the answer
     answer: int | None  # the integer in the first <answer> span, in whatever form the rest is
 
 
 def check_response(question: str, response: str) -> TraceCheck:
     """Check a response without knowing the gold trace.
 
-    A line verifies if it is "name: a op b = c" with c right and with a and b given in the question
-    or computed by a line above.
+    A line verifies if it is "name=a" with a number of the question, or "name=a op b=c" with c right
+    and with a and b from the question or computed by a line above.
     """
     answer_match = ANSWER.search(response)
     answer = int(answer_match.group(1)) if answer_match else None
@@ -166,7 +168,10 @@ def check_response(question: str, response: str) -> TraceCheck:
     known = {int(number) for number in re.findall(r"\d+", question)}
     result = None
     for line in match.group(1).split("\n"):
-        equation = EQUATION.fullmatch(line)
+        given, equation = GIVEN.fullmatch(line), EQUATION.fullmatch(line)
+        if given is not None and int(given[1]) in known:
+            result = int(given[1])
+            continue
         if equation is None:
             return TraceCheck(True, False, answer)
         left, operator, right = int(equation[1]), equation[2], int(equation[3])

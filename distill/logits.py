@@ -40,11 +40,12 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] of every token: logits (B, S, V), labels (B, S) -> (B, S).
 
-    Labels of -100 give 0.
+    Labels of -100 give 0; another label outside 0 .. V-1 is an error of gather.
     """
     log_probs = at_least_float32(logits).log_softmax(-1)
-    chosen = log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return torch.where(labels == IGNORE, chosen.new_zeros(()), -chosen)
+    ignored = labels == IGNORE
+    chosen = log_probs.gather(-1, labels.masked_fill(ignored, 0)[..., None]).squeeze(-1)
+    return torch.where(ignored, chosen.new_zeros(()), -chosen)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -101,8 +102,13 @@ def mixed_loss(
         mask = labels != IGNORE
     loss = student_logits.new_zeros((), dtype=torch.float32)
     if alpha > 0:
-        loss = loss + alpha * weighted_mean(cross_entropy(student_logits, labels), mask)
+        if labels is None:
+            raise ValueError(f"alpha {alpha} needs labels; without them use alpha 0")
+        labelled = mask * (labels != IGNORE)
+        loss = loss + alpha * weighted_mean(cross_entropy(student_logits, labels), labelled)
     if alpha < 1:
+        if teacher_logits is None:
+            raise ValueError(f"alpha {alpha} needs teacher_logits; without them use alpha 1")
         loss = loss + (1 - alpha) * distillation_loss(
             student_logits, teacher_logits, mask, temperature
         )

@@ -69,10 +69,11 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file() or not index.is_file():
         files = [single]
     else:
-        names = set(read_json(index).get("weight_map", {}).values())
-        if not names or any(Path(name).name != name for name in names):
+        mapped = read_json(index).get("weight_map")
+        names = list(mapped.values()) if isinstance(mapped, dict) else []
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise ValueError(f"{index}: 'weight_map' must name files of this folder: download it")
-        files = [folder / name for name in sorted(names)]
+        files = [folder / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise ValueError(

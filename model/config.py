@@ -100,6 +100,8 @@ class ModelConfig:
             )
         # transformers 5 moved the rotary settings into "rope_parameters".
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling = {rope!r} is not supported: choose another checkpoint")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         biased = architecture == "Qwen2ForCausalLM"
         for name, value, expected in (
@@ -139,7 +141,7 @@ class ModelConfig:
 
 
 # name: width, layers, heads, key-value heads, intermediate size, positions.
-# Parameters at a vocabulary of 2,048: nano 0.21M, micro 0.46M, mini 0.99M, midi 2.5M, small 5.1M;
+# Parameters at a vocabulary of 2,048: nano 0.21M, micro 0.46M, mini 0.99M, midi 2.4M, small 5.0M;
 # at MiniMind's 6,400: base 26M, large 104M.
 PRESETS = {
     "nano": (64, 2, 2, 1, 192, 1024),

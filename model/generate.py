@@ -84,6 +84,10 @@ def decode(
     use_cache: bool = True,
 ) -> Iterator[list[tuple[int, int]]]:
     """The loop behind `generate` and `stream`: yields each step's (prompt index, token) pairs."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     ids, real = left_pad(prompts, model.lm_head.weight.device)
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:

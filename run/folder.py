@@ -13,6 +13,7 @@ step, and a run that was killed and resumed ends with the same bits as one that 
 
 import csv
 import json
+import math
 import platform
 import shutil
 import signal
@@ -146,6 +147,7 @@ class Run:
                     yield self.step
                     self.bar.update()
                     if self.stop_signal is not None:
+                        self.check_finite()
                         self.save_state()
                         raise KeyboardInterrupt(
                             f"saved at step {self.step}; go on with the same command and --resume"
@@ -161,13 +163,11 @@ class Run:
         """Count the step that was just made; returns whether it is time to evaluate."""
         self.step += 1
         self.tokens += tokens
-        if self.step % LOG_EVERY == 0 or self.step in (1, self.args.steps):
+        self.last_loss = loss.detach()
+        evaluate = self.step % self.args.eval_every == 0 or self.step == self.args.steps
+        if evaluate or self.step % LOG_EVERY == 0 or self.step == 1:
+            self.check_finite()
             value = float(loss)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ValueError(
-                    f"the loss at step {self.step} is {value}: lower --learning_rate "
-                    f"({self.args.learning_rate:g}) or --grad_clip; nothing was saved over"
-                )
             self.rows.append(
                 {
                     "step": self.step,
@@ -180,12 +180,19 @@ class Run:
             )
             speed = self.tokens / self.seconds()
             self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        return self.step % self.args.eval_every == 0 or self.step == self.args.steps
+        return evaluate
+
+    def check_finite(self) -> None:
+        """Raise ValueError before weights are saved over by what a diverged step left."""
+        value = float(self.last_loss)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss at step {self.step} is {value}: lower --learning_rate "
+                f"({self.args.learning_rate:g}) or --grad_clip; nothing was saved over"
+            )
 
     def evaluated(self, val_loss: float) -> None:
         """Record a held-out loss; keep the weights if it is the lowest so far; save the state."""
-        if not self.rows or self.rows[-1]["step"] != self.step:
-            self.rows.append({"step": self.step, "tokens": self.tokens})
         self.rows[-1]["val_loss"] = val_loss
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step

@@ -1,5 +1,6 @@
 """What all tests share: one thread (two would only fight), and one small prepared folder."""
 
+import os
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from dataset import prepare
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
 WORDS = "the sea ship wind king queen crown night day star song stone river long cold old and but "

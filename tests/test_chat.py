@@ -3,10 +3,12 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from dataset.chat import (
+    PARTS,
     ChatData,
     encode_conversation,
     encode_prompt,
@@ -16,7 +18,7 @@ from dataset.chat import (
 )
 from dataset.prepare import problem_line
 from dataset.problems import make_problems
-from dataset.tokenizer import decode, train_tokenizer
+from dataset.tokenizer import decode, load_tokenizer, train_tokenizer
 
 IGNORE, PAD, START, END, THINK, UNTHINK, ANSWER, UNANSWER = -100, 0, 1, 2, 3, 4, 5, 6
 TRACE = "<think>\n2+2=4\n</think>\n<answer>\n4\n</answer>"
@@ -95,8 +97,6 @@ def test_assistant_cannot_write_an_end_of_turn_into_the_middle(letters):
 
 
 def test_prompt_is_a_prefix_of_the_whole_conversation(prepared_folder):
-    from dataset.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(prepared_folder)
     rng = random.Random(0)
     alphabet = "ab 12\n\t.é🙂<>|"
@@ -173,16 +173,14 @@ def test_gsm8k_line_without_an_answer_is_refused(value):
 
 # --- Refusals ---
 
-GOOD = (
-    '{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
-)
+USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def turns_line(*turns) -> str:
     return json.dumps({"conversations": list(turns)})
 
 
-USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+GOOD = turns_line(USER, REPLY)
 
 
 @pytest.mark.parametrize(
@@ -350,11 +348,16 @@ def test_seeds_and_epochs_give_other_orders(tmp_path, letters):
     assert len(set(orders)) == 4
 
 
-def test_long_batches_do_not_all_come_first(tmp_path, letters):
-    path = write(tmp_path / "chat.jsonl", *many(200))
+def test_a_batch_is_sorted_by_length_and_the_batches_are_not(tmp_path, letters):
+    path = write(tmp_path / "chat.jsonl", *many(400))
     data = ChatData(path, letters, "train", 10_000, val_share=0.0)
-    widths = [ids.shape[1] for ids, _ in epoch(data, 4, 0)]
-    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+    means = []
+    for batch in epoch(data, 8, 0):
+        lengths = [len(ids) for ids, _ in rows_of([batch])]
+        assert lengths == sorted(lengths, reverse=True)
+        means.append(sum(lengths) / 8)
+    # Means of random draws of 8 spread 0.35 as much as the lengths; of sorted ones, as much.
+    assert np.std(means) == pytest.approx(np.std(data.lengths) / 8**0.5, rel=0.3)
 
 
 def test_evaluation_set_has_no_seed_and_a_limit(tmp_path, letters):
@@ -367,20 +370,22 @@ def test_evaluation_set_has_no_seed_and_a_limit(tmp_path, letters):
     assert len(rows_of(data.evaluation_batches(4, 1000))) == 30
 
 
-@pytest.mark.parametrize("batch_size", [16, 64])
+@pytest.mark.parametrize("batch_size", [64, 128])
 def test_padding_of_generated_problems_is_small(tmp_path, prepared_folder, batch_size):
-    from dataset.tokenizer import load_tokenizer
-
-    problems = make_problems("train", (1, 2, 3, 4), 800, seed=0)
+    problems = make_problems("train", (1, 2, 3, 4), 6 * 128, seed=0)
     lines = [json.dumps(problem_line(problem, with_trace=True)) for problem in problems]
     path = write(tmp_path / "reason.jsonl", *lines)
     data = ChatData(path, load_tokenizer(prepared_folder), "train", 10_000, val_share=0.0)
-    batches = epoch(data, batch_size, seed=4)
-    rows = rows_of(batches)
-    assert len(rows) == 800
-    tokens, places = sum(len(ids) for ids, _ in rows), sum(ids.numel() for ids, _ in batches)
-    assert 1 - tokens / places < 0.15
-    assert data.padding_share(batch_size) == pytest.approx(1 - tokens / places, abs=0.01)
+    tokens = computed = 0
+    for input_ids, _ in epoch(data, batch_size, seed=4):
+        for piece in input_ids.chunk(PARTS):  # the scripts cut each at its own longest row
+            lengths = (piece != PAD).sum(1).tolist()
+            tokens += sum(lengths)
+            computed += len(lengths) * max(lengths)
+    assert tokens == sum(len(ids) for ids, _ in data.examples)
+    assert 1 - tokens / computed < 0.15
+    shown = data.padding_share(batch_size, PARTS)  # of another seed's batches
+    assert shown == pytest.approx(1 - tokens / computed, abs=0.02)
 
 
 def test_cut_conversations_are_counted_and_kept(tmp_path, letters):

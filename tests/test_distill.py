@@ -352,8 +352,8 @@ def test_microbatches_sum_to_the_whole_batch(parts):
     """4 parts of 6 rows are uneven, and with 6 parts one of them has no valid token at all."""
     batch = uneven_batch()
     pieces = list(microbatches(batch, (batch[2] != IGNORE).float(), parts))
-    assert sum(len(piece[0]) for piece in pieces) == 6
-    assert sum(float(piece[-1]) for piece in pieces) == pytest.approx(1.0)
+    assert sum(int((labels != IGNORE).sum()) for _, _, labels, _ in pieces) == 20
+    assert sum(float(share) for *_, share in pieces) == pytest.approx(1.0)
     assert_same_step(gradients(pieces), gradients([(*batch, 1.0)]))
 
 
@@ -365,11 +365,20 @@ def test_averaging_the_means_of_microbatches_would_be_another_loss():
     assert (whole[1] - naive[1]).norm() > 0.05 * whole[1].norm()
 
 
-def test_microbatch_shares_by_hand():
-    rows = torch.arange(4)
-    weights = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [10.0, 3.0]])
-    pieces = list(microbatches((rows,), weights, 2))
-    assert [piece[0].tolist() for piece in pieces] == [[0, 1], [2, 3]]
-    assert [float(piece[1]) for piece in pieces] == pytest.approx([3 / 16, 13 / 16])
-    empty = list(microbatches((rows,), torch.zeros(4, 2), 2))
-    assert [float(piece[1]) for piece in empty] == [0.0, 0.0]
+def test_microbatches_by_hand():
+    """Shares are of the weight, 3 and 13 of 16; what nothing counts right of is cut off."""
+    ids = torch.arange(12).view(4, 3)
+    weights = torch.tensor([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 0], [10.0, 0, 3.0]])
+    (first, share), (second, other_share) = microbatches((ids,), weights, 2)
+    assert first.tolist() == [[0, 1], [3, 4]]
+    assert second.tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert (float(share), float(other_share)) == pytest.approx((3 / 16, 13 / 16))
+
+
+def test_microbatches_without_a_weight_are_left_out():
+    """They would add a gradient of 0, and a share of 0 / 0 where the whole batch is empty."""
+    ids, weights = torch.arange(8).view(4, 2), torch.ones(4, 2)
+    weights[1] = 0
+    kept = [piece.tolist() for piece, _ in microbatches((ids,), weights, 4)]
+    assert kept == [[[0, 1]], [[4, 5]], [[6, 7]]]
+    assert list(microbatches((ids,), torch.zeros(4, 2), 2)) == []

@@ -278,6 +278,18 @@ def test_a_file_is_written_whole(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
 
 
+def test_whoever_reads_the_old_file_goes_on_reading_it(tmp_path):
+    """The new file takes the old one's place; it is not written over it."""
+    path = tmp_path / "a.txt"
+    path.write_text("old content")
+    with open(path) as reader:
+        assert reader.read(4) == "old "
+        with atomic_path(path) as temporary:
+            temporary.write_text("NEW CONTENT")
+        assert reader.read() == "content"
+    assert path.read_text() == "NEW CONTENT"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
@@ -362,7 +374,7 @@ def make_teacher(folder, text, seed=0):
 
 def open_cache(teacher, folder, text):
     cpu = torch.device("cpu")
-    return TeacherCache(teacher, folder, text, cpu, autocast(cpu, "float32"))
+    return TeacherCache(teacher, folder, text, cpu, "float32")
 
 
 @torch.no_grad()

@@ -1,0 +1,314 @@
+"""Metrics, answers, experiments, pictures and the one command, at toy size."""
+
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import train_pretrain
+from dataset.problems import make_problems
+from dataset.tokenizer import encode_tagged, load_tokenizer
+from eval import chat, perplexity, plots, reasoning, report, reproduce
+from eval.experiments import common, jobs, scales
+from eval.experiments.jobs import Job
+from eval.metrics import evaluate
+from model import ModelConfig, Transformer
+from run.files import read_json
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fixed(torch.nn.Module):
+    """A "model" whose logits are a table by input id."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(torch.tensor(logits))
+        self.lm_head = torch.nn.Linear(self.table.embedding_dim, self.table.embedding_dim, False)
+        self.lm_head.weight.data = torch.eye(self.table.embedding_dim)
+
+    def model(self, input_ids):
+        return self.table(input_ids)
+
+
+def test_metrics_worked_by_hand():
+    """Two tokens that count: p(label) = 3/4 and 1/4; the third, -100, does not."""
+    log3 = math.log(3.0)
+    student = Fixed([[log3, 0.0], [log3, 0.0]])  # always 3/4, 1/4
+    teacher = Fixed([[0.0, 0.0], [0.0, log3]])  # 1/2, 1/2 and 1/4, 3/4
+    batches = [(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, -100]]))]
+    metrics = evaluate(student, batches, bytes_per_token=2.0, teacher=teacher)
+    loss = -(math.log(0.75) + math.log(0.25)) / 2
+    assert metrics["val_loss"] == pytest.approx(loss, abs=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(loss / math.log(2) / 2, rel=1e-5)
+    kl_first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    kl_second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
+    assert metrics["kl"] == pytest.approx((kl_first + kl_second) / 2, abs=1e-6)
+    assert metrics["agreement"] == pytest.approx(0.5)  # a tie ranks token 0 first
+    assert metrics["ece"] == pytest.approx(0.25, abs=1e-6)  # sure at 3/4, right half the time
+
+
+def test_metrics_do_not_depend_on_batching():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.preset("nano", 300))
+    ids = torch.randint(0, 300, (6, 9))
+    labels = torch.randint(0, 300, (6, 9))
+    labels[2, 4:] = -100
+    whole = evaluate(model, [(ids, labels)], 1.0, model)
+    parts = evaluate(model, [(ids[:1], labels[:1]), (ids[1:], labels[1:])], 1.0, model)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert whole["kl"] == pytest.approx(0.0, abs=1e-6) and whole["agreement"] == 1.0
+
+
+def test_nothing_to_evaluate_is_an_error():
+    model = Transformer(ModelConfig.preset("nano", 300))
+    with pytest.raises(ValueError, match="no token"):
+        evaluate(model, [(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), -100))])
+
+
+def test_answers_are_judged(prepared_folder):
+    tokenizer = load_tokenizer(prepared_folder)
+    problem = make_problems("test", (2,), 1, 0)[0]
+    told = {"turns": [{"role": "user", "content": problem.question}], "steps": 2}
+    told["answer"] = problem.answer
+    gold = reasoning.judge(tokenizer, told, encode_tagged(tokenizer, problem.response()))
+    assert gold["correct"] and gold["well_formed"] and gold["verified"]
+    wrong = problem.response().replace("<answer>\n", "<answer>\n9")
+    wrong = reasoning.judge(tokenizer, told, encode_tagged(tokenizer, wrong))
+    assert not wrong["correct"] and wrong["well_formed"] and not wrong["verified"]
+    bare = reasoning.judge(tokenizer, told, encode_tagged(tokenizer, f"{problem.answer}"))
+    assert not bare["correct"] and not bare["well_formed"] and bare["think_tokens"] == 0
+    table = reasoning.summarise([gold, wrong, {**bare, "steps": 3}])
+    assert table[0]["accuracy"] == pytest.approx(1 / 3)
+    assert table[2]["accuracy"] == pytest.approx(1 / 2) and table[3]["problems"] == 1
+
+
+TINY = dataclasses.replace(
+    scales.SCALES["quick"],
+    name="tiny",
+    teacher="nano",
+    student="nano",
+    teacher_sizes=("nano",),
+    seeds=1,
+    headline_seeds=2,
+    text_steps=4,
+    text_batch=2,
+    seq_len=32,
+    text_share=1.0,
+    reason_teacher="nano",
+    reason_steps=2,
+    reason_batch=8,
+    temperatures=(1.0, 2.0),
+    data_shares=(0.5, 1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def reproduced(prepared_folder, tmp_path_factory):
+    """The one command at toy size, in a folder of its own, with the small prepared text."""
+    place = tmp_path_factory.mktemp("reproduce")
+    (place / "out" / "tiny").mkdir(parents=True)
+    data = place / "out" / "tiny" / "data"
+    data.mkdir()
+    for path in prepared_folder.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    patch = pytest.MonkeyPatch()
+    patch.chdir(place)
+    patch.setitem(scales.SCALES, "tiny", TINY)
+    patch.setattr(reasoning, "MAX_NEW_TOKENS", 8, raising=False)
+    # An untrained teacher's traces do not verify; keep them all, to have something to learn from.
+    from eval.experiments import reasoning as experiment
+
+    traces_job = experiment.traces_job
+
+    def keep_all(scale, seed):
+        job = traces_job(scale, seed)
+        return dataclasses.replace(job, flags=(*job.flags, ("keep", "all")))
+
+    patch.setattr(experiment, "traces_job", keep_all)
+    reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
+    yield place / "out" / "tiny"
+    patch.undo()
+
+
+NAMES = ("headline", "temperature", "alpha", "teacher_size", "data_share", "optimizer", "reasoning")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_has_its_rows(name, reproduced):
+    rows = common.read_rows(reproduced / "results" / name / "results.csv")
+    assert list(rows[0])[: len(common.COLUMNS)] == common.COLUMNS
+    keys = [(row["arm"], row["seed"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    seeds = 2 if name == "headline" else 1
+    assert {row["seed"] for row in rows} == {str(seed) for seed in range(seeds)}
+    for row in rows:
+        assert float(row["val_loss"]) > 0 and float(row["seconds"]) > 0
+        assert row["command"].startswith("python train_")
+
+
+def test_rows_are_those_of_the_runs(reproduced):
+    """The headline's numbers are the runs' own, and plain students are measured too."""
+    rows = common.read_rows(reproduced / "results" / "headline" / "results.csv")
+    distilled = next(r for r in rows if r["arm"] == "distilled" and r["seed"] == "1")
+    record = read_json(reproduced / "runs" / "distilled-nano-to-nano-T1-a0.5-s1" / "run.json")
+    assert float(distilled["val_loss"]) == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
+    assert float(distilled["kl"]) == pytest.approx(record["metrics"]["kl"], rel=1e-4)
+    assert int(distilled["tokens"]) == 4 * 2 * 32
+
+
+def test_pictures_and_report(reproduced):
+    for name in plots.PICTURES:
+        image = plt.imread(reproduced / "results" / name / "plot.png")
+        assert image.std() > 0.05, f"{name} is empty"
+    text = (reproduced / "results" / "README.md").read_text("utf-8")
+    assert "distilled" in text and "temperature/plot.png" in text
+
+
+def test_pictures_come_from_csv_alone(reproduced, tmp_path):
+    for name in plots.PICTURES:
+        (tmp_path / name).mkdir()
+        source = reproduced / "results" / name / "results.csv"
+        (tmp_path / name / "results.csv").write_bytes(source.read_bytes())
+    source = reproduced / "results" / "headline" / "results.csv"
+    (tmp_path / "headline").mkdir()
+    (tmp_path / "headline" / "results.csv").write_bytes(source.read_bytes())
+    drawn = plots.draw_all(tmp_path)
+    assert len(drawn) == len(plots.PICTURES)
+    for path in drawn:
+        again = reproduced / "results" / path.parent.name / "plot.png"
+        assert (plt.imread(path) == plt.imread(again)).all()
+
+
+def test_the_second_call_runs_nothing(reproduced, capsys, monkeypatch):
+    before = {p: p.read_bytes() for p in reproduced.rglob("results.csv")}
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)  # would fail if anything were to run
+    reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
+    assert {p: p.read_bytes() for p in reproduced.rglob("results.csv")} == before
+    assert "pictures:" in capsys.readouterr().out
+
+
+def test_a_lost_row_comes_back_without_training(reproduced, monkeypatch):
+    path = reproduced / "results" / "alpha" / "results.csv"
+    before = path.read_text("utf-8")
+    lines = before.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]), "utf-8")
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)
+    reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
+    assert path.read_text("utf-8") == before
+
+
+def test_a_folder_with_other_flags_is_not_taken_for_done(reproduced):
+    job = common.pretrained(TINY, "nano", 0)
+    other = dataclasses.replace(job, flags=(*job.flags, ("weight_decay", 0.5)))
+    assert job.is_done()
+    with pytest.raises(ValueError, match="--weight_decay 0.1"):
+        other.is_done()
+
+
+def test_jobs_run_once_and_after_what_they_need():
+    first = Job("train_pretrain", "a", ())
+    second = Job("train_distillation", "b", (), (first,))
+    third = Job("train_distillation", "c", (), (first, second))
+    assert jobs.unfinished([third, second, third]) == [first, second, third]
+    assert third.command == "python train_distillation.py --out c"
+    assert Job("dataset.x", "d", (("s", None), ("n", 2))).argv == ["--s", "--n", "2", "--out", "d"]
+
+
+def test_a_failing_job_stops_the_pool(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job("train_pretrain", str(tmp_path / "run"), (("data", "nowhere"),))
+    with pytest.raises(ValueError, match="nowhere"):
+        jobs.run_jobs([job])
+
+
+def test_report_means():
+    rows = [{"x": "1.0"}, {"x": "3.0"}, {"x": ""}]
+    assert report.mean_and_spread(rows, "x", digits=1) == "2.0 ± 1.4"
+    assert report.mean_and_spread(rows[:1], "x", digits=1) == "1.0"
+    assert report.mean_and_spread(rows, "y") == "-"
+
+
+def test_plots_without_csv_say_how_to_make_them(tmp_path):
+    with pytest.raises(ValueError, match="python -m eval.reproduce"):
+        plots.main(plots.parse_args(["--results", str(tmp_path)]))
+
+
+# Command lines.
+
+
+@pytest.fixture(scope="module")
+def model_folder(prepared_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "run"
+    words = ["--model", "nano", "--data", prepared_folder, "--out", out, "--steps", 3]
+    words += ["--batch_size", 2, "--seq_len", 32]
+    train_pretrain.main(train_pretrain.parse_args([str(word) for word in words]))
+    return out
+
+
+def test_perplexity_beside_a_teacher(prepared_folder, model_folder, capsys):
+    words = ["--model", model_folder, "--teacher", model_folder, "--data", prepared_folder]
+    metrics = perplexity.main(perplexity.parse_args([*map(str, words), "--seq_len", "32"]))
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-6) and metrics["agreement"] == 1.0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_reasoning_writes_every_answer(prepared_folder, model_folder, tmp_path, capsys):
+    problems = prepared_folder / "reason_test.jsonl"
+    words = ["--model", model_folder, "--problems", problems, "--out", tmp_path / "answers.jsonl"]
+    reasoning.main(reasoning.parse_args([*map(str, words), "--device", "cpu"]))
+    lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == len(problems.read_text("utf-8").splitlines())
+    assert {"question", "reply", "correct", "steps"} <= set(json.loads(lines[0]))
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_chat_replies_and_ends(model_folder, monkeypatch, capsys):
+    said = iter(["How many?", "/new", "And now?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    words = ["--model", str(model_folder), "--teacher", str(model_folder), "--device", "cpu"]
+    chat.main(chat.parse_args([*words, "--max_new_tokens", "5", "--temperature", "1"]))
+    assert capsys.readouterr().out.count(f"[{model_folder}]") == 4
+
+
+def test_chat_prints_no_terminal_commands():
+    assert chat.printable("a\x1b[2Jb\nc") == "a\ufffd[2Jb\nc"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval.perplexity", "--model", "nobody"],
+        ["eval.reasoning", "--model", "nobody"],
+        ["eval.chat", "--model", "nobody"],
+        ["eval.plots", "--results", "nowhere"],
+        ["dataset.make_traces", "--samples", "3"],
+    ],
+)
+def test_mistakes_are_one_sentence(words, tmp_path):
+    command = [sys.executable, "-m", *words]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "SYSTEMROOT": "C:\\Windows"}
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_csv_rows_keep_their_columns(tmp_path):
+    path = tmp_path / "x" / "results.csv"
+    common.append_row(path, {"experiment": "e", "arm": "a", "seed": 0, "extra": 0.1234567891})
+    common.append_row(path, {"experiment": "e", "arm": "b", "seed": 0, "unknown": 1})
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == ["a", "b"]
+    assert rows[0]["extra"] == "0.123457" and rows[1]["extra"] == ""
