@@ -30,7 +30,7 @@ IGNORE = -100
 PARTS = 4  # micro-batches of a batch
 PAD_ID = 0
 ROLES = ("system", "user", "assistant")
-THINK_SPAN = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+THINK_SPAN = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 def check_conversation(value: dict, where: str, need_answer: bool = True) -> list[dict]:
@@ -59,9 +59,12 @@ def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[i
     ids, learned = [], []  # learned[i]: token i is the assistant's own
     for turn in turns:
         by_assistant = turn["role"] == "assistant"
-        encode_content = encode_tagged if by_assistant else encode
-        head = [start, *encode(tokenizer, turn["role"]), *newline]
-        content = [*encode_content(tokenizer, turn["content"]), end]
+        # A user's words are encoded together with what stands before them, as the chat template
+        # has it; the assistant's apart, so that a prompt is a prefix of the whole.
+        opening = turn["role"] + "\n" + ("" if by_assistant else turn["content"])
+        head = [start, *encode(tokenizer, opening)]
+        content = [*encode_tagged(tokenizer, turn["content"])] if by_assistant else []
+        content.append(end)
         ids += head + content + newline
         learned += [False] * len(head) + [by_assistant] * len(content) + [False] * len(newline)
     labels = [token if own else IGNORE for token, own in zip(ids, learned, strict=True)]
@@ -92,15 +95,17 @@ def gsm8k_conversation(value: dict, where: str) -> dict:
     reasoning, final = answer.rsplit("####", 1)
     reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()  # calculator notes
     final = final.strip().replace(",", "")
+    if not re.fullmatch(r"-?[0-9]{1,40}", final):
+        raise ValueError(f"{where}: the answer after #### is {final[:40]!r}, not a whole number")
     content = f"<think>\n{reasoning}\n</think>\n<answer>\n{final}\n</answer>"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
-    return {"conversations": turns, "answer": int(final) if final.lstrip("-").isdigit() else final}
+    return {"conversations": turns, "answer": int(final)}
 
 
 class ChatData:
     """Conversations of a jsonl as padded batches.
 
-    split: "train" or "val"; a conversation's split follows from the hash of its first user turn,
+    split: "train" or "val"; a conversation's split follows from the hash of its user turns,
     so the held-out part is the same for every seed. max_len cuts a longer conversation, and
     `cut` counts them. answers_only drops the reasoning.
     """
@@ -125,6 +130,7 @@ class ChatData:
                 continue
             if answers_only:
                 turns = only_answer(turns)
+                check_conversation({"conversations": turns}, f"{path} line {number}, answers only")
             ids, labels = encode_conversation(tokenizer, turns)
             if len(ids) > max_len:
                 self.cut += 1
@@ -142,14 +148,14 @@ class ChatData:
             )
         self.size = len(self.examples)
         self.lengths = np.array([len(ids) for ids, _ in self.examples])
-        self.epoch, self.order = -1, None
+        self.epoch, self.order = None, None
 
     def rows(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """The examples of one step, longest first. Every epoch has each example once; its last
         batch holds what is left."""
         epoch, place = divmod(step, -(-self.size // batch_size))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(self.size, seed, epoch)
+        if (seed, epoch) != self.epoch:
+            self.epoch, self.order = (seed, epoch), epoch_order(self.size, seed, epoch)
         chosen = self.order[place * batch_size : (place + 1) * batch_size]
         return chosen[np.argsort(self.lengths[chosen], kind="stable")[::-1]]
 
@@ -185,8 +191,11 @@ class ChatData:
             yield self.collate(chosen[start : start + batch_size])
 
 
-def held_out(turns: list[dict], val_share: float) -> bool:
-    """Whether a conversation is for validation, by a hash of what the user asked."""
-    asked = json.dumps([turn["content"] for turn in turns if turn["role"] == "user"])
+def held_out(turns: list[dict], val_share: float, salt: str = "") -> bool:
+    """Whether a conversation is held out, by a hash of what the user asked.
+
+    Two splits of one file need two salts, or the second finds nothing left to hold out.
+    """
+    asked = salt + json.dumps([turn["content"] for turn in turns if turn["role"] == "user"])
     digest = hashlib.sha256(asked.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") < val_share * 2**32

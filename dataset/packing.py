@@ -49,23 +49,29 @@ class PackedText:
                 f"--out {folder}"
             )
         self.meta = read_json(self.folder / "meta.json")
-        about = self.meta[split]
         path = self.folder / f"{split}.bin"
-        dtype = np.dtype(about["dtype"])
+        try:
+            about = self.meta[split]
+            dtype, bytes_, _ = np.dtype(about["dtype"]), about["bytes"], self.meta["vocab_size"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder / 'meta.json'} is damaged ({error}): prepare it again with: "
+                f"python -m dataset.prepare --out {folder}"
+            ) from None
         if not path.is_file() or path.stat().st_size != about["tokens"] * dtype.itemsize:
             raise ValueError(
                 f"{path} does not hold the {about['tokens']} tokens that meta.json names: "
                 f"prepare it again with: python -m dataset.prepare --out {folder}"
             )
         self.stream = np.memmap(path, dtype=dtype, mode="r")
-        self.bytes_per_token = about["bytes"] / about["tokens"]
+        self.bytes_per_token = bytes_ / about["tokens"]
         self.size = int((len(self.stream) - 1) // seq_len * share)
         if self.size < 1:
             raise ValueError(
                 f"{path} holds {len(self.stream)} tokens, of which a share of {share} is less than "
                 f"one window of {seq_len}: lower --seq_len or prepare more text"
             )
-        self.epoch, self.order = -1, None
+        self.epoch, self.order = None, None
 
     @property
     def vocab_size(self) -> int:
@@ -77,8 +83,8 @@ class PackedText:
         chosen = []
         for index in range(first, first + batch_size):
             epoch, place = divmod(index, self.size)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, epoch_order(self.size, seed, epoch)
+            if (seed, epoch) != self.epoch:
+                self.epoch, self.order = (seed, epoch), epoch_order(self.size, seed, epoch)
             chosen.append(self.order[place])
         return np.array(chosen)
 

@@ -4,6 +4,7 @@
     python -m dataset.prepare --text my_notes/         # your own .txt and .md files
     python -m dataset.prepare --jsonl pretrain.jsonl   # MiniMind's {"text": ...} lines
     python -m dataset.prepare --reason gsm8k.jsonl     # your own reasoning traces
+    python -m dataset.prepare --tokenizer Qwen3-0.6B/  # for a teacher that was made elsewhere
 
 It writes to --out:
 
@@ -19,13 +20,21 @@ import hashlib
 import json
 from pathlib import Path
 
-from run.files import atomic_path, command_line, write_json
+from run.files import atomic_path, command_line, copy_tokenizer, write_json
 
 from .chat import check_conversation, gsm8k_conversation, held_out
 from .packing import write_stream
 from .problems import ANSWER, Problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
-from .tokenizer import encode, save_tokenizer, special_id, tokenizer_hash, train_tokenizer
+from .tokenizer import (
+    SMALLEST_VOCABULARY,
+    encode,
+    load_tokenizer,
+    save_tokenizer,
+    special_id,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -41,6 +50,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/data"), help="folder to write")
     parser.add_argument(
         "--cache", type=Path, default=Path("out/cache"), help="where downloaded text is kept"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one"
     )
     parser.add_argument("--vocab_size", type=int, default=2048, help="tokens, 263 or more")
     parser.add_argument("--val_share", type=float, default=0.08, help="share held out, 0.01-0.5")
@@ -73,10 +85,14 @@ def user_reasoning(path: Path) -> tuple[list[dict], list[dict]]:
         if "conversations" not in value:
             value = gsm8k_conversation(value, where)
         turns = check_conversation(value, where)
+        if turns[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{where} ends with the {turns[-1]['role']}'s turn: end with an answer"
+            )
         found = ANSWER.search(turns[-1]["content"])
         if "answer" not in value and found:
             value["answer"] = int(found.group(1))
-        (test if held_out(turns, 0.1) else train).append(value)
+        (test if held_out(turns, 0.1, salt="test ") else train).append(value)
     if not train or not test:
         raise ValueError(
             f"{path}: {len(train)} conversations for training and {len(test)} for the test "
@@ -85,11 +101,17 @@ def user_reasoning(path: Path) -> tuple[list[dict], list[dict]]:
     return train, test
 
 
+def before_answer(turns: list[dict]) -> list[dict]:
+    """The turns before the last assistant's."""
+    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[:last]
+
+
 def reasoning_lines(args) -> dict[str, list[dict]]:
     """What reason_train, reason_prompts and reason_test.jsonl hold."""
     if args.reason is not None:
         train, test = user_reasoning(args.reason)
-        prompts = [{**v, "conversations": v["conversations"][:-1]} for v in train]
+        prompts = [{**v, "conversations": before_answer(v["conversations"])} for v in train]
         return {"train": train, "prompts": prompts, "test": test}
     counts = {"train": args.problems, "prompts": args.prompts, "test": args.test_problems}
     lines = {}
@@ -106,6 +128,8 @@ def main(args) -> None:
     for name in ("problems", "prompts", "test_problems"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"--vocab_size {args.vocab_size} must be at least {SMALLEST_VOCABULARY}")
     # 1. Text, and which documents are held out.
     if args.text is not None:
         documents = text_files(args.text)
@@ -114,14 +138,20 @@ def main(args) -> None:
     else:
         documents = shakespeare(args.cache)
     training, validation = split_documents(documents, args.val_share)
-    # 2. Reasoning problems.
+    # 2. Reasoning problems. From here on files change: without meta.json the folder is not whole.
     reasoning = reasoning_lines(args)
+    (args.out / "meta.json").unlink(missing_ok=True)
     for split, lines in reasoning.items():
         write_jsonl(args.out / f"reason_{split}.jsonl", lines)
     # 3. One tokenizer for both. Held-out text is not read.
-    trace_text = [turn["content"] for v in reasoning["train"][:5000] for turn in v["conversations"]]
-    tokenizer = train_tokenizer([*training, *trace_text], args.vocab_size)
-    save_tokenizer(tokenizer, args.out)
+    if args.tokenizer is not None:
+        tokenizer = load_tokenizer(args.tokenizer)
+        copy_tokenizer(args.tokenizer, args.out)
+    else:
+        lines = reasoning["train"][:5000]
+        traces = [turn["content"] for value in lines for turn in value["conversations"]]
+        tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
+        save_tokenizer(tokenizer, args.out)
     # 4. Token streams.
     end = special_id(tokenizer, "<|endoftext|>")
     about = {"vocab_size": tokenizer.get_vocab_size(), "tokenizer_sha256": tokenizer_hash(args.out)}
@@ -136,6 +166,8 @@ def main(args) -> None:
             f"{split}: {about[split]['documents']} documents, {about[split]['tokens']:,} tokens, "
             f"{about[split]['bytes'] / about[split]['tokens']:.2f} bytes a token"
         )
+    if about["vocab_size"] < args.vocab_size and args.tokenizer is None:
+        print(f"the text fills a vocabulary of {about['vocab_size']}, not {args.vocab_size}")
     counts = ", ".join(f"{len(lines):,} {split}" for split, lines in reasoning.items())
     print(f"reasoning problems: {counts}\nwrote {args.out}")
     write_json(args.out / "meta.json", about)

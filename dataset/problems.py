@@ -1,12 +1,12 @@
 """Grade-school word problems with traces that a program can check line by line.
 
-    Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many pens as
-    Ben. How many pens does Cal have?
+    Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many pens
+    as Ben. How many pens does Cal have?
 
     <think>
-    Ann=12
-    Ben=12+5=17
-    Cal=17*3=51
+     Ann=12
+     Ben=12+5=17
+     Cal=17*3=51
     </think>
     <answer>
     51
@@ -15,6 +15,10 @@
 A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
 shared equally) or from that and an earlier one (a total). Facts about other things are mixed in,
 and all facts stand in shuffled order.
+
+Every name has a space before it, in the question ("Now" sees to the first) and in the trace: to a
+byte-level tokenizer " Ann" and "Ann" are two unrelated tokens, and a small model that has to learn
+22 such pairs before it can look anything up stays at half the accuracy.
 
 Training and test never share a problem: a problem's split follows from the hash of its equations,
 so neither other names nor another order of the facts makes a test problem a new one.
@@ -30,10 +34,10 @@ NAMES = (
 ).split()
 OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".split()
 LARGEST = 99
-GIVEN = re.compile(r"\w+=(\d+)")
-EQUATION = re.compile(r"\w+=(\d+)([-+*/])(\d+)=(\d+)")
-RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?\d+)\n</answer>", re.DOTALL)
-ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
+GIVEN = re.compile(r" ?\w+=([0-9]{1,40})")
+EQUATION = re.compile(r" ?\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
+RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?[0-9]{1,40})\n</answer>", re.DOTALL)
+ANSWER = re.compile(r"<answer>\s*(-?[0-9]{1,40})\s*</answer>")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
     thing, *other_things = rng.sample(OBJECTS, 3)
     values = [rng.randint(2, 30)]
     facts = [f"{people[0]} has {values[0]} {thing}."]
-    lines = [f"{people[0]}={values[0]}"]
+    lines = [f" {people[0]}={values[0]}"]
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
         kinds = ["more", "fewer", "times", "share"] + ["total"] * (step > 1)
@@ -112,7 +116,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         if not 1 <= result <= LARGEST:
             return None
         values.append(result)
-        lines.append(f"{name}={equation}={result}")
+        lines.append(f" {name}={equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
     # Distractors: what two more people have of other things.
     owner, other_owner = people[steps + 1 : steps + 3]
@@ -124,7 +128,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         )
         facts.append(f"{other_owner} has {relation}.")
     rng.shuffle(facts)
-    return Problem(" ".join([*facts, asked]), tuple(lines), values[-1])
+    return Problem(" ".join(["Now", *facts, asked]), tuple(lines), values[-1])
 
 
 def make_problems(split: str, steps: tuple[int, ...], count: int, seed: int) -> list[Problem]:
@@ -165,11 +169,11 @@ def check_response(question: str, response: str) -> TraceCheck:
     match = RESPONSE.fullmatch(response.strip())
     if match is None or any(tag in match.group(1) for tag in ("<think>", "<answer>", "</")):
         return TraceCheck(False, False, answer)
-    known = {int(number) for number in re.findall(r"\d+", question)}
-    result = None
+    asked = {int(number) for number in re.findall(r"[0-9]{1,40}", question)}
+    known, result, computed = set(asked), None, False
     for line in match.group(1).split("\n"):
         given, equation = GIVEN.fullmatch(line), EQUATION.fullmatch(line)
-        if given is not None and int(given[1]) in known:
+        if given is not None and int(given[1]) in asked:
             result = int(given[1])
             continue
         if equation is None:
@@ -179,7 +183,8 @@ def check_response(question: str, response: str) -> TraceCheck:
         if left not in known or right not in known or not holds(left, operator, right, result):
             return TraceCheck(True, False, answer)
         known.add(result)
-    return TraceCheck(True, result == answer, answer)
+        computed = True
+    return TraceCheck(True, computed and result == answer, answer)
 
 
 def holds(left: int, operator: str, right: int, result: int) -> bool:

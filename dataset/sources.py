@@ -84,7 +84,9 @@ def text_files(path: Path) -> list[tuple[str, str]]:
     """One .txt or .md file, or all of a folder, as (name, text)."""
     if not path.is_dir():
         return [(path.name, read_text(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    files = sorted(
+        p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and p.is_file()
+    )
     if not files:
         raise ValueError(f"no .txt or .md file in the folder {path}: pass one that holds text")
     return [(str(p.relative_to(path)), read_text(p)) for p in files]
@@ -105,7 +107,9 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 value = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                if b"\\ud" in line.lower():  # half of a surrogate pair is not text
+                    json.dumps(value, ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path} line {number} is not valid JSON ({error}): mend or remove the line"
                 ) from None
@@ -139,16 +143,20 @@ def split_documents(
     """
     if len(documents) == 1:
         text = documents[0][1]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - val_share))) + 1
-        cut = cut or int(len(text) * (1 - val_share))
+        wanted = int(len(text) * (1 - val_share))
+        nearest = text.rfind("\n", int(len(text) * (1 - 1.5 * val_share)), wanted) + 1
+        cut = nearest or wanted  # a line end, where there is one near
+        if not cut:
+            raise ValueError(f"{documents[0][0]} is too short to hold a part of it out: add text")
         return [text[:cut]], [text[cut:]]
     order = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode("utf-8")).digest())
     wanted = val_share * sum(len(text) for _, text in documents)
     held_out, size = set(), 0
-    for name, text in order[:-1]:
-        if held_out and size + len(text) / 2 > wanted:
-            break
-        held_out.add(name)
-        size += len(text)
+    for name, text in order:  # by hash, passing over what would hold out far too much
+        if size + len(text) / 2 <= wanted:
+            held_out.add(name)
+            size += len(text)
+    if not held_out:
+        held_out.add(min(documents, key=lambda d: len(d[1]))[0])
     training = [text for name, text in documents if name not in held_out]
     return training, [text for name, text in documents if name in held_out]

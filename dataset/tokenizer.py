@@ -27,6 +27,7 @@ SPECIAL_TOKENS = (
     "</answer>",  # 6
 )
 TAGS = SPECIAL_TOKENS[3:]
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TAG_PATTERN = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
 
 CHAT_TEMPLATE = (
@@ -39,9 +40,8 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a BPE vocabulary of vocab_size tokens (at least 7 control tokens + 256 bytes)."""
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocabulary {vocab_size} is too small: use at least {smallest}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocabulary {vocab_size} is too small: use {SMALLEST_VOCABULARY} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -9,19 +9,16 @@ Loading is strict both ways: every parameter must be in the file with its exact 
 may be left over. Only safetensors are read, so loading a stranger's folder runs no code of theirs.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from run.files import atomic_path, read_json, write_json
+from run.files import atomic_path, copy_tokenizer, read_json, write_json
 
 from .config import PRESETS, ModelConfig
 from .transformer import Transformer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
@@ -39,10 +36,8 @@ def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
         folder / "generation_config.json",
         {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False},
     )
-    if tokenizer_folder is not None and Path(tokenizer_folder).resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            with atomic_path(folder / name) as temporary:
-                shutil.copyfile(Path(tokenizer_folder) / name, temporary)
+    if tokenizer_folder is not None:
+        copy_tokenizer(tokenizer_folder, folder)
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 

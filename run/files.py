@@ -6,6 +6,7 @@ A file is written to a temporary name in its own folder, flushed to disk, and re
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,14 @@ def read_json(path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def copy_tokenizer(source, folder) -> None:
+    """Copy tokenizer.json, and its configuration if there is one, to another folder."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (Path(source) / name).is_file() and Path(source).resolve() != Path(folder).resolve():
+            with atomic_path(Path(folder) / name) as temporary:
+                shutil.copyfile(Path(source) / name, temporary)
 
 
 class Finished(Exception):

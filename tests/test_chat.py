@@ -146,7 +146,6 @@ def test_only_answer_removes_what_the_assistant_thought(content, left):
         ("So much.\n#### 1,234", "So much.", 1234),
         ("Less.\n#### -3", "Less.", -3),
         ("It is #### marked.\n#### 1,000,000 ", "It is #### marked.", 1000000),
-        ("A ratio.\n#### 1/2", "A ratio.", "1/2"),
     ],
 )
 def test_gsm8k_conversion(answer, reasoning, final):
@@ -164,10 +163,11 @@ def test_gsm8k_conversion(answer, reasoning, final):
         {"question": 1, "answer": "#### 1"},
         {"question": "q", "answer": 72},
         {"question": "q", "answer": "reasoning\n####  "},  # no answer behind the mark
+        {"question": "q", "answer": "reasoning\n#### 1/2"},  # not a whole number
     ],
 )
 def test_gsm8k_line_without_an_answer_is_refused(value):
-    with pytest.raises(ValueError, match="f line 7.*question.*####"):
+    with pytest.raises(ValueError, match="f line 7.*####"):
         gsm8k_conversation(value, "f line 7")
 
 

@@ -296,9 +296,7 @@ def test_chat_prints_no_terminal_commands():
 def test_mistakes_are_one_sentence(words, tmp_path):
     command = [sys.executable, "-m", *words]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "SYSTEMROOT": "C:\\Windows"}
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 2, result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr

@@ -137,7 +137,9 @@ def test_reasoning_files_keep_their_promises(prepared_folder):
             assert (question["role"], reply["role"]) == ("user", "assistant")
             check = check_response(question["content"], reply["content"])
             assert check.verified and check.answer == line["answer"]
-            assert line["steps"] == reply["content"].count("=")
+            assert line["steps"] == sum(reply["content"].count(sign) for sign in "+-*") + (
+                reply["content"].count("/") - 2  # the closing tags have one each
+            )
     for line in lines["prompts"]:
         assert [turn["role"] for turn in line["conversations"]] == ["user"]
     assert {line["steps"] for line in lines["train"] + lines["prompts"]} == {1, 2, 3, 4}
@@ -207,7 +209,7 @@ def test_reasoning_of_the_users_own(tmp_path, texts):
         assert (line["conversations"], line["answer"]) == expected[asked]
     assert 8 <= len(test) <= 35  # 20 expected, standard deviation 4.2
     for line in train + test:
-        assert held_out(line["conversations"], 0.1) == (line in test)
+        assert held_out(line["conversations"], 0.1, salt="test ") == (line in test)
     assert [line["conversations"] for line in prompts] == [
         line["conversations"][:1] for line in train
     ]

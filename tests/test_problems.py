@@ -26,7 +26,8 @@ SENTENCES = {
 
 def read_question(question: str):
     """The facts {(person, thing): (kind, ...)} in reading order, and (person, thing) asked for."""
-    *sentences, last = re.split(r"(?<=[.?]) ", question)
+    assert question.startswith("Now ")
+    *sentences, last = re.split(r"(?<=[.?]) ", question.removeprefix("Now "))
     asked = re.fullmatch(f"How many {THING} does {NAME} have\\?", last)
     facts = {}
     for sentence in sentences:
@@ -73,7 +74,7 @@ def solve(question: str):
 
 def test_the_second_reader_solves_the_example_of_the_file():
     question = (
-        "Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. "
+        "Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. "
         "Cal has 3 times as many pens as Ben. How many pens does Cal have?"
     )
     assert solve(question) == (51, {"Ann": 12, "Ben": 17, "Cal": 51})
@@ -89,16 +90,17 @@ def test_question_solved_by_a_second_reader_gives_the_answer(made):
     for problem in made:
         answer, values = solve(problem.question)
         assert problem.answer == answer
-        # Every person on the way is computed in the trace, and has the value that it says.
-        traced = {line.split(":")[0]: int(line.split("=")[1]) for line in problem.lines}
-        computed = {p: v for p, v in values.items() if p in traced}
-        assert computed == traced and len(values) == len(traced) + 1  # one value is given
+        # The trace has every person on the way with the right value, and nobody else.
+        assert values == {line.split("=")[0][1:]: int(line.split("=")[-1]) for line in problem.lines}
 
 
-def test_number_of_lines_is_the_number_of_steps(made):
+def test_a_trace_is_what_is_given_and_a_line_for_each_step(made):
     for i, problem in enumerate(made):
-        assert len(problem.lines) == problem.steps == 1 + i % 5
-        assert len(set(problem.lines)) == problem.steps
+        given, *steps = problem.lines
+        assert len(steps) == problem.steps == 1 + i % 5
+        assert re.fullmatch(r" [A-Z][a-z]+=\d+", given)
+        assert all(re.fullmatch(r" [A-Z][a-z]+=\d+[-+*/]\d+=\d+", line) for line in steps)
+        assert f"{given.split('=')[0]} has {given.split('=')[1]} " in problem.question
 
 
 def test_gold_trace_verifies(made):
@@ -143,7 +145,7 @@ def test_facts_are_shuffled(made):
         facts, (_, thing) = read_question(problem.question)
         _, values = solve(problem.question)
         owners = [who for who, what in facts if what == thing and who in values]
-        chain = [line.split(":")[0] for line in problem.lines]
+        chain = [line.split("=")[0][1:] for line in problem.lines[1:]]
         first += owners[0] not in chain
         in_order += [o for o in owners if o in chain] == chain
     assert 0.1 < first / len(long) < 0.35
@@ -175,7 +177,7 @@ def splits() -> dict[str, list[Problem]]:
 
 
 def equations(problem: Problem) -> tuple[str, ...]:
-    return tuple(re.search(r"\d+[-+*/]\d+=\d+", line)[0] for line in problem.lines)
+    return tuple(re.findall(r"\d+[-+*/]\d+=\d+", " ".join(problem.lines)))
 
 
 @pytest.mark.parametrize(
@@ -189,9 +191,8 @@ def test_splits_share_no_equations_whatever_the_seed(splits, one, other):
 
 def test_names_and_order_do_not_make_a_test_problem_a_training_problem(splits):
     for problem in splits["test"][:50]:
-        renamed = Problem(
-            "Zoe has 1 cup.", tuple(f"Zoe: {e}" for e in equations(problem)), problem.answer
-        )
+        lines = ("Zoe=1", *(f"Zoe={equation}" for equation in equations(problem)))
+        renamed = Problem("Zoe has 1 cup. How many?", lines, problem.answer)
         assert renamed.split == "test"
 
 
@@ -217,7 +218,7 @@ def test_no_question_twice_and_the_same_problems_again():
 
 
 def test_more_problems_than_there_are_is_refused(monkeypatch):
-    same = Problem("Ann has 1 pen. How many?", ("Ben: 1+1=2",), 2)
+    same = Problem("Ann has 1 pen. How many?", ("Ann=1", "Ben=1+1=2"), 2)
     monkeypatch.setattr(problems_module, "make_problem", lambda rng, steps: same)
     with pytest.raises(ValueError, match=f"cannot make 2 different {same.split} problems"):
         make_problems(same.split, (1,), 2, seed=0)
@@ -225,60 +226,63 @@ def test_more_problems_than_there_are_is_refused(monkeypatch):
 
 # --- The checker ---
 
-QUESTION = "Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many."
+QUESTION = "Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many."
 
 
 def response(think: str, answer) -> str:
     return f"<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
-GOLD = response("Ben: 12+5=17\nCal: 17*3=51", 51)
+GOLD = response("Ann=12\nBen=12+5=17\nCal=17*3=51", 51)
 HUGE = "9" * 5000  # more digits than int() takes
 
 CASES = {  # name: (response, well formed, verified, answer)
     "gold": (GOLD, True, True, 51),
     "space around": (f"\n {GOLD}\n", True, True, 51),
-    "names left out": (response("12+5=17\n17*3=51", 51), True, True, 51),
-    "a detour that is true": (response("Dan: 12-7=5\nBen: 12+5=17", 17), True, True, 17),
-    "division": (response("Ben: 12/3=4", 4), True, True, 4),
-    "wrong sum": (response("Ben: 12+5=18\nCal: 18*3=54", 54), True, False, 54),
-    "wrong product": (response("Ben: 12+5=17\nCal: 17*3=52", 52), True, False, 52),
-    "wrong difference": (response("Ben: 12-5=8", 8), True, False, 8),
-    "inexact division": (response("Ben: 12/5=2", 2), True, False, 2),
-    "division by zero": (response("Ben: 12-12=0\nCal: 12/0=0", 0), True, False, 0),
-    "zero by zero": (response("Ben: 12-12=0\nCal: 0/0=0", 0), True, False, 0),
-    "number from nowhere": (response("Ben: 12+6=18", 18), True, False, 18),
-    "number from a line below": (response("Cal: 17*3=51\nBen: 12+5=17", 17), True, False, 17),
-    "answer is not the last line's": (response("Ben: 12+5=17\nCal: 17*3=51", 17), True, False, 17),
+    "given not repeated": (response("Ben=12+5=17\nCal=17*3=51", 51), True, True, 51),
+    "names left out": (response("12+5=17\n17*3=51", 51), True, False, 51),
+    "given from nowhere": (response("Ann=13\nBen=12+5=17", 17), True, False, 17),
+    "given without a number": (response("Ann=\nBen=12+5=17", 17), True, False, 17),
+    "a detour that is true": (response("Dan=12-7=5\nBen=12+5=17", 17), True, True, 17),
+    "division": (response("Ben=12/3=4", 4), True, True, 4),
+    "wrong sum": (response("Ben=12+5=18\nCal=18*3=54", 54), True, False, 54),
+    "wrong product": (response("Ben=12+5=17\nCal=17*3=52", 52), True, False, 52),
+    "wrong difference": (response("Ben=12-5=8", 8), True, False, 8),
+    "inexact division": (response("Ben=12/5=2", 2), True, False, 2),
+    "division by zero": (response("Ben=12-12=0\nCal=12/0=0", 0), True, False, 0),
+    "zero by zero": (response("Ben=12-12=0\nCal=0/0=0", 0), True, False, 0),
+    "number from nowhere": (response("Ben=12+6=18", 18), True, False, 18),
+    "number from a line below": (response("Cal=17*3=51\nBen=12+5=17", 17), True, False, 17),
+    "answer is not the last line's": (response("Ben=12+5=17\nCal=17*3=51", 17), True, False, 17),
     "answer without a trace": (response("Cal has a lot.", 51), True, False, 51),
-    "words beside the equation": (response("Ben: 12+5=17 pens", 17), True, False, 17),
-    "empty line": (response("Ben: 12+5=17\n\nCal: 17*3=51", 51), True, False, 51),
-    "two equations in a line": (response("12+5=17, 17*3=51", 51), True, False, 51),
-    "unknown operator": (response("Ben: 12^5=17", 17), True, False, 17),
-    "negative result": (response("Ben: 5-12=-7", -7), True, False, -7),
-    "chain of equals": (response("Ben: 12+5=17=17", 17), True, False, 17),
+    "words beside the equation": (response("Ben=12+5=17 pens", 17), True, False, 17),
+    "empty line": (response("Ben=12+5=17\n\nCal=17*3=51", 51), True, False, 51),
+    "two equations in a line": (response("Ben=12+5=17, Cal=17*3=51", 51), True, False, 51),
+    "unknown operator": (response("Ben=12^5=17", 17), True, False, 17),
+    "negative result": (response("Ben=5-12=-7", -7), True, False, -7),
+    "chain of equals": (response("Ben=12+5=17=17", 17), True, False, 17),
     "empty think": (response("", 51), True, False, 51),
     "no think": ("<answer>\n51\n</answer>", False, False, 51),
-    "no answer": ("<think>\nBen: 12+5=17\n</think>", False, False, None),
+    "no answer": ("<think>\nBen=12+5=17\n</think>", False, False, None),
     "think not closed": (GOLD.replace("</think>", ""), False, False, 51),
     "answer not closed": (GOLD.replace("</answer>", ""), False, False, None),
     "answer not opened": (GOLD.replace("<answer>", ""), False, False, None),
-    "answer first": ("<answer>\n17\n</answer>\n<think>\nBen: 12+5=17\n</think>", False, False, 17),
+    "answer first": ("<answer>\n17\n</answer>\n<think>\nBen=12+5=17\n</think>", False, False, 17),
     "two answers": (f"{GOLD}\n<answer>\n52\n</answer>", False, False, 51),
     "two thoughts": ("<think>\n12+5=17\n</think>\n" + GOLD, False, False, 51),
-    "think inside think": (response("<think>\nBen: 12+5=17", 17), False, False, 17),
+    "think inside think": (response("<think>\nBen=12+5=17", 17), False, False, 17),
     "answer inside think": (response("<answer>\n51\n</answer>", 52), False, False, 51),
     "text before": ("Sure! " + GOLD, False, False, 51),
     "text after": (GOLD + " I hope so.", False, False, 51),
     "text between": (GOLD.replace("\n<answer>", " so\n<answer>"), False, False, 51),
-    "answer in words": (response("Ben: 12+5=17", "seventeen"), False, False, None),
-    "answer with a unit": (response("Ben: 12+5=17", "17 pens"), False, False, None),
-    "fraction": (response("Ben: 12+5=17", "17.5"), False, False, None),
+    "answer in words": (response("Ben=12+5=17", "seventeen"), False, False, None),
+    "answer with a unit": (response("Ben=12+5=17", "17 pens"), False, False, None),
+    "fraction": (response("Ben=12+5=17", "17.5"), False, False, None),
     "empty": ("", False, False, None),
     "blank": (" \n", False, False, None),
     "end of turn written out": (GOLD + "<|im_end|>", False, False, 51),
     "huge numbers": (
-        response(f"{10**30}+5={10**30 + 5}", 10**30 + 5), True, False, 10**30 + 5
+        response(f"Ben={10**30}+5={10**30 + 5}", 10**30 + 5), True, False, 10**30 + 5
     ),
 }  # fmt: skip
 
@@ -293,12 +297,13 @@ def test_check_response(name):
 @pytest.mark.parametrize(
     "text",
     [
-        response("Ben: 12+5=17", HUGE),
-        response(f"Ben: 12+5={HUGE}", 17),
-        response(f"Ben: {HUGE}+5=17", 17),
+        response("Ben=12+5=17", HUGE),
+        response(f"Ben=12+5={HUGE}", 17),
+        response(f"Ben={HUGE}+5=17", 17),
+        response(f"Ann={HUGE}", 17),
         f"<answer>{HUGE}</answer>",
     ],
-    ids=["answer", "result", "operand", "no form"],
+    ids=["answer", "result", "operand", "given", "no form"],
 )
 def test_a_student_that_repeats_a_digit_does_not_stop_the_evaluation(text):
     assert check_response(QUESTION, text).verified is False
@@ -309,7 +314,8 @@ def test_any_one_changed_digit_is_noticed(made):
     caught = 0
     for problem in made[:300]:
         text = problem.response()
-        place = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
+        steps = text.index("\n", len("<think>\n"))  # behind the line of what is given
+        place = rng.choice([i for i, c in enumerate(text) if c.isdigit() and i > steps])
         changed = (
             text[:place] + str((int(text[place]) + rng.randint(1, 9)) % 10) + text[place + 1 :]
         )

@@ -108,9 +108,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 def test_training_lowers_the_loss(prepared_folder, tmp_path):
     words = ["--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL]
-    run(train_pretrain, *words, "--steps", "60", "--eval_every", "20")
+    run(train_pretrain, *words, "--steps", "60", "--eval_every", "5")
     losses = [float(value) for (value,) in logged(tmp_path / "run", "val_loss") if value]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 1.0
 
 
 @pytest.mark.parametrize("name", ["distill", "chat", "reason_kl"])
