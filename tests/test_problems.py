@@ -18,8 +18,7 @@ SENTENCES = {
     "more": f"{NAME} has {N} more {THING} than {NAME}",
     "fewer": f"{NAME} has {N} fewer {THING} than {NAME}",
     "times": f"{NAME} has {N} times as many {THING} as {NAME}",
-    "share": f"{NAME} could share all {THING} equally among {N} boxes, "
-    f"and {NAME} has as many as one box holds",
+    "share": f"{NAME} has one of {N} equal shares of the {THING} of {NAME}",
     "total": f"{NAME} has as many {THING} as {NAME} and {NAME} in total",
 }
 
@@ -36,7 +35,7 @@ def read_question(question: str):
         if kind == "has":
             owner, thing, fact = m[1], m[3], (kind, int(m[2]))
         elif kind == "share":
-            owner, thing, fact = m[4], m[2], (kind, int(m[3]), m[1])
+            owner, thing, fact = m[1], m[3], (kind, int(m[2]), m[4])
         elif kind == "total":
             owner, thing, fact = m[1], m[2], (kind, m[3], m[4])
         else:
@@ -91,7 +90,9 @@ def test_question_solved_by_a_second_reader_gives_the_answer(made):
         answer, values = solve(problem.question)
         assert problem.answer == answer
         # The trace has every person on the way with the right value, and nobody else.
-        assert values == {line.split("=")[0][1:]: int(line.split("=")[-1]) for line in problem.lines}
+        assert values == {
+            line.split("=")[0][1:]: int(line.split("=")[-1]) for line in problem.lines
+        }
 
 
 def test_a_trace_is_what_is_given_and_a_line_for_each_step(made):
@@ -226,7 +227,9 @@ def test_more_problems_than_there_are_is_refused(monkeypatch):
 
 # --- The checker ---
 
-QUESTION = "Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many."
+QUESTION = (
+    "Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many."
+)
 
 
 def response(think: str, answer) -> str:
