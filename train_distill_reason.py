@@ -3,9 +3,9 @@
     loss = sum_s w(s) * CE(s) / sum_s w(s)         w: 0 on the prompt, 10 on the four tags, 1 else
 
     <think>
-    Ann=12
-    Ben=12+5=17
-    Cal=17*3=51
+     Ann has 12 pens: Ann=12
+     Ann, Ben has 5 more pens: Ben=12+5=17
+     Ben, Cal has 3 times as many pens: Cal=17*3=51
     </think>
     <answer>
     51
@@ -89,7 +89,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--temperature", type=float, default=1.0, help="with --teacher: T, 0.001 to 1000"
     )
     add_common_flags(
-        parser, out="out/reasoner", steps=800, batch_size=64, seq_len=256, learning_rate=0.01
+        parser, out="out/reasoner", steps=1000, batch_size=32, seq_len=384, learning_rate=0.006
     )
     return parser.parse_args(argv)
 

@@ -1,24 +1,27 @@
 """Grade-school word problems with traces that a program can check line by line.
 
-    Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. Cal has 3 times as many pens
-    as Ben. How many pens does Cal have?
+    Compared with Ben, Cal has 3 times as many pens. Now Ann has 12 pens. There are 7 caps in a
+    box. Compared with Ann, Ben has 5 more pens. How many pens does Cal have?
 
     <think>
-     Ann=12
-     Ben=12+5=17
-     Cal=17*3=51
+     Ann has 12 pens: Ann=12
+     Ann, Ben has 5 more pens: Ben=12+5=17
+     Ben, Cal has 3 times as many pens: Cal=17*3=51
     </think>
     <answer>
     51
     </answer>
 
 A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
-shared equally) or from that and an earlier one (a total). Facts about other things are mixed in,
-and all facts stand in shuffled order.
+shared equally) or from that and an earlier one (a total). Distractors are mixed in (other things,
+other people), and all facts stand in shuffled order.
 
-Every name has a space before it, in the question ("Now" sees to the first) and in the trace: to a
-byte-level tokenizer " Ann" and "Ann" are two unrelated tokens, and a small model that has to learn
-22 such pairs has that much more to learn before it can look anything up.
+A line of the trace quotes a fact, then computes. The wording is chosen so that the next fact can be
+found by looking for the last name and copying what follows it, which a Transformer of two layers
+learns within a few hundred steps. With facts worded the other way round ("Ben has 5 more pens than
+Ann"), or traces of bare equations, models of up to 1M parameters did not learn in 50,000 examples
+which number belongs to whom. For the same reason every name has a space before it: to a byte-level
+tokenizer " Ann" and "Ann" are unrelated tokens.
 
 Training and test never share a problem: a problem's split follows from the hash of its equations,
 so neither other names nor another order of the facts makes a test problem a new one.
@@ -34,8 +37,8 @@ NAMES = (
 ).split()
 OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".split()
 LARGEST = 99
-GIVEN = re.compile(r" ?\w+=([0-9]{1,40})")
-EQUATION = re.compile(r" ?\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
+GIVEN = re.compile(r"\w+=([0-9]{1,40})")
+EQUATION = re.compile(r"\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
 RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?[0-9]{1,40})\n</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(-?[0-9]{1,40})\s*</answer>")
 
@@ -54,7 +57,7 @@ class Problem:
 
     @property
     def equations(self) -> tuple[str, ...]:
-        """The computed lines without the names in front."""
+        """What the lines compute, without names: "12+5=17"."""
         return tuple(line.split("=", 1)[1] for line in self.lines[1:])
 
     @property
@@ -85,8 +88,8 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
     people = rng.sample(NAMES, steps + 3)
     thing, other_thing = rng.sample(OBJECTS, 2)
     values = [rng.randint(2, 30)]
-    facts = [f"{people[0]} has {values[0]} {thing}."]
-    lines = [f" {people[0]}={values[0]}"]
+    told = f" {people[0]} has {values[0]} {thing}"  # what the question says and a line quotes
+    facts, lines = [f"Now{told}."], [f"{told}: {people[0]}={values[0]}"]
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
         kinds = ["more", "fewer", "times", "share"] + ["total"] * (step > 1)
@@ -94,36 +97,38 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         number = rng.randint(2, 20) if kind in ("more", "fewer") else rng.randint(2, 5)
         if kind == "more":
             result, equation = value + number, f"{value}+{number}"
-            facts.append(f"{name} has {number} more {thing} than {before}.")
+            told = f"{number} more {thing}"
         elif kind == "fewer":
             result, equation = value - number, f"{value}-{number}"
-            facts.append(f"{name} has {number} fewer {thing} than {before}.")
+            told = f"{number} fewer {thing}"
         elif kind == "times":
             result, equation = value * number, f"{value}*{number}"
-            facts.append(f"{name} has {number} times as many {thing} as {before}.")
+            told = f"{number} times as many {thing}"
         elif kind == "share":
             if value % number:
                 return None
             result, equation = value // number, f"{value}/{number}"
-            facts.append(f"{name} has one of {number} equal shares of the {thing} of {before}.")
+            told = f"one of {number} equal shares of the {thing}"
         else:
             earlier = rng.randrange(step - 1)
             result, equation = value + values[earlier], f"{value}+{values[earlier]}"
-            facts.append(f"{name} has as many {thing} as {before} and {people[earlier]} in total.")
+            told = f"as many {thing} and those of {people[earlier]} in total"
         if not 1 <= result <= LARGEST:
             return None
+        told = f" {before}, {name} has {told}"
         values.append(result)
-        lines.append(f" {name}={equation}={result}")
+        facts.append(f"Compared with{told}.")
+        lines.append(f"{told}: {name}={equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
-    # Distractors: what two more people have of other things.
-    owner, other_owner = people[steps + 1 : steps + 3]
+    # Distractors: things in a box, and what one more person has of them beside another.
     if rng.random() < 0.5:
-        facts.append(f"{owner} has {rng.randint(2, 30)} {other_thing}.")
+        facts.append(f"There are {rng.randint(2, 30)} {other_thing} in a box.")
         if rng.random() < 0.5:
+            owner, other_owner = people[steps + 1 :]
             number = rng.randint(2, 20)
-            facts.append(f"{other_owner} has {number} more {other_thing} than {owner}.")
+            facts.append(f"Compared with {owner}, {other_owner} has {number} more {other_thing}.")
     rng.shuffle(facts)
-    return Problem(" ".join(["Now", *facts, asked]), tuple(lines), values[-1])
+    return Problem(" ".join([*facts, asked]), tuple(lines), values[-1])
 
 
 def make_problems(split: str, steps: tuple[int, ...], count: int, seed: int) -> list[Problem]:
@@ -156,8 +161,9 @@ class TraceCheck:
 def check_response(question: str, response: str) -> TraceCheck:
     """Check a response without knowing the gold trace.
 
-    A line verifies if it is "name=a" with a number of the question, or "name=a op b=c" with c right
-    and with a and b from the question or computed by a line above.
+    A line verifies if it quotes the question word for word, then a colon, then "name=a" with a
+    number of the question, or "name=a op b=c" with c right and with a and b from the question or
+    computed by a line above. The quote may be left out.
     """
     answer_match = ANSWER.search(response)
     answer = int(answer_match.group(1)) if answer_match else None
@@ -167,7 +173,10 @@ def check_response(question: str, response: str) -> TraceCheck:
     asked = {int(number) for number in re.findall(r"[0-9]{1,40}", question)}
     known, result, computed = set(asked), None, False
     for line in match.group(1).split("\n"):
-        given, equation = GIVEN.fullmatch(line), EQUATION.fullmatch(line)
+        quote, _, claim = line.rpartition(":")
+        if quote.strip() not in question:
+            return TraceCheck(True, False, answer)
+        given, equation = GIVEN.fullmatch(claim.strip()), EQUATION.fullmatch(claim.strip())
         if given is not None and int(given[1]) in asked:
             result = int(given[1])
             continue

@@ -13,20 +13,21 @@ from dataset import problems as problems_module
 from dataset.problems import Problem, check_response, make_problem, make_problems
 
 NAME, THING, N = "([A-Z][a-z]+)", "([a-z]+)", r"(\d+)"
+BESIDE = f"Compared with {NAME}, {NAME} has "  # the one compared with comes first
 SENTENCES = {
-    "has": f"{NAME} has {N} {THING}",
-    "more": f"{NAME} has {N} more {THING} than {NAME}",
-    "fewer": f"{NAME} has {N} fewer {THING} than {NAME}",
-    "times": f"{NAME} has {N} times as many {THING} as {NAME}",
-    "share": f"{NAME} has one of {N} equal shares of the {THING} of {NAME}",
-    "total": f"{NAME} has as many {THING} as {NAME} and {NAME} in total",
+    "has": f"Now {NAME} has {N} {THING}",
+    "box": f"There are {N} {THING} in a box",
+    "more": f"{BESIDE}{N} more {THING}",
+    "fewer": f"{BESIDE}{N} fewer {THING}",
+    "times": f"{BESIDE}{N} times as many {THING}",
+    "share": f"{BESIDE}one of {N} equal shares of the {THING}",
+    "total": f"{BESIDE}as many {THING} and those of {NAME} in total",
 }
 
 
 def read_question(question: str):
     """The facts {(person, thing): (kind, ...)} in reading order, and (person, thing) asked for."""
-    assert question.startswith("Now ")
-    *sentences, last = re.split(r"(?<=[.?]) ", question.removeprefix("Now "))
+    *sentences, last = re.split(r"(?<=[.?]) ", question)
     asked = re.fullmatch(f"How many {THING} does {NAME} have\\?", last)
     facts = {}
     for sentence in sentences:
@@ -34,12 +35,12 @@ def read_question(question: str):
         ((kind, m),) = [(k, m) for k, m in found if m]
         if kind == "has":
             owner, thing, fact = m[1], m[3], (kind, int(m[2]))
-        elif kind == "share":
-            owner, thing, fact = m[1], m[3], (kind, int(m[2]), m[4])
+        elif kind == "box":
+            owner, thing, fact = "a box", m[2], (kind, int(m[1]))
         elif kind == "total":
-            owner, thing, fact = m[1], m[2], (kind, m[3], m[4])
+            owner, thing, fact = m[2], m[3], (kind, m[1], m[4])
         else:
-            owner, thing, fact = m[1], m[3], (kind, int(m[2]), m[4])
+            owner, thing, fact = m[2], m[4], (kind, int(m[3]), m[1])
         assert (owner, thing) not in facts, "two facts about one quantity"
         facts[owner, thing] = fact
     return facts, (asked[2], asked[1])
@@ -73,8 +74,8 @@ def solve(question: str):
 
 def test_the_second_reader_solves_the_example_of_the_file():
     question = (
-        "Now Ann has 12 pens. Dan has 7 caps. Ben has 5 more pens than Ann. "
-        "Cal has 3 times as many pens as Ben. How many pens does Cal have?"
+        "Compared with Ben, Cal has 3 times as many pens. Now Ann has 12 pens. There are 7 caps in "
+        "a box. Compared with Ann, Ben has 5 more pens. How many pens does Cal have?"
     )
     assert solve(question) == (51, {"Ann": 12, "Ben": 17, "Cal": 51})
 
@@ -91,7 +92,7 @@ def test_question_solved_by_a_second_reader_gives_the_answer(made):
         assert problem.answer == answer
         # The trace has every person on the way with the right value, and nobody else.
         assert values == {
-            line.split("=")[0][1:]: int(line.split("=")[-1]) for line in problem.lines
+            line.split(": ")[1].split("=")[0]: int(line.split("=")[-1]) for line in problem.lines
         }
 
 
@@ -99,9 +100,9 @@ def test_a_trace_is_what_is_given_and_a_line_for_each_step(made):
     for i, problem in enumerate(made):
         given, *steps = problem.lines
         assert len(steps) == problem.steps == 1 + i % 5
-        assert re.fullmatch(r" [A-Z][a-z]+=\d+", given)
-        assert all(re.fullmatch(r" [A-Z][a-z]+=\d+[-+*/]\d+=\d+", line) for line in steps)
-        assert f"{given.split('=')[0]} has {given.split('=')[1]} " in problem.question
+        assert re.fullmatch(r" ([A-Z][a-z]+) has (\d+) [a-z]+: \1=\2", given)
+        assert all(re.fullmatch(r"[^:]+: [A-Z][a-z]+=\d+[-+*/]\d+=\d+", line) for line in steps)
+        assert all(line.split(":")[0] in problem.question for line in problem.lines)
 
 
 def test_gold_trace_verifies(made):
@@ -133,7 +134,7 @@ def test_every_relation_and_both_distractors_occur(made):
     assert kinds["has"] == 3000
     for kind in ("more", "fewer", "times", "share", "total"):
         assert kinds[kind] > 200, kind
-    assert distractors["has"] > 500 and distractors["more"] > 500
+    assert distractors["box"] > 500 and distractors["more"] > 500
     assert without > 500
 
 
@@ -146,7 +147,7 @@ def test_facts_are_shuffled(made):
         facts, (_, thing) = read_question(problem.question)
         _, values = solve(problem.question)
         owners = [who for who, what in facts if what == thing and who in values]
-        chain = [line.split("=")[0][1:] for line in problem.lines[1:]]
+        chain = [line.split(": ")[1].split("=")[0] for line in problem.lines[1:]]
         first += owners[0] not in chain
         in_order += [o for o in owners if o in chain] == chain
     assert 0.1 < first / len(long) < 0.35

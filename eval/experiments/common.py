@@ -105,7 +105,7 @@ def text_row(scale: Scale, job: Job, teacher: Job) -> dict:
     record = job.record()
     args, metrics = record["args"], dict(record["metrics"])
     plain_student = job.script == "train_pretrain" and args["model"] == scale.student
-    if plain_student and teacher.is_done():
+    if plain_student:
         keep_freed_memory()
         device = choose_device("auto")
         text = PackedText(data_folder(scale), "val", scale.seq_len)
@@ -156,12 +156,14 @@ def append_row(path: Path, row: dict) -> None:
 
 @dataclass(frozen=True)
 class Experiment:
-    """name: of its folder. arms: (name, Job of a seed). row_of: what a finished job's row holds."""
+    """name: of its folder. arms: (name, Job of a seed). row_of: what a finished job's row holds.
+    beside: another job that a row is measured beside, and has to wait for."""
 
     name: str
     arms: list[tuple[str, Callable[[int], Job]]]
     seeds: int
     row_of: Callable[[Job], dict]
+    beside: Callable[[Job], Job] = lambda job: job
 
 
 def run_experiments(experiments: list[Experiment], results: Path) -> None:
@@ -178,22 +180,25 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
     def write_finished_rows() -> None:
         for entry in list(todo):
             experiment, path, arm, seed, job = entry
-            if job.is_done() and all(need.is_done() for need in job.needs):
+            if all(needed.is_done() for needed in (job, experiment.beside(job), *job.needs)):
                 row = {"experiment": experiment.name, "arm": arm, "seed": seed}
                 append_row(path, {**row, **experiment.row_of(job)})
                 todo.remove(entry)
 
     write_finished_rows()
-    run_jobs([job for *_, job in todo], write_finished_rows)
+    run_jobs([j for e, *_, job in todo for j in (e.beside(job), job)], write_finished_rows)
 
 
 def text_experiment(scale: Scale, name: str, arms: list, seeds: int | None = None) -> Experiment:
     """An experiment on text, whose students are all measured beside the reference teacher."""
 
-    def row_of(job: Job) -> dict:
-        return text_row(scale, job, pretrained(scale, scale.teacher, dict(job.flags)["seed"]))
+    def reference(job: Job) -> Job:
+        return pretrained(scale, scale.teacher, dict(job.flags)["seed"])
 
-    return Experiment(name, arms, seeds or scale.seeds, row_of)
+    def row_of(job: Job) -> dict:
+        return text_row(scale, job, reference(job))
+
+    return Experiment(name, arms, seeds or scale.seeds, row_of, reference)
 
 
 def experiment_main(description: str, run: Callable[[Scale, Path], None]) -> None:

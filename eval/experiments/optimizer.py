@@ -1,15 +1,15 @@
-"""Muon or AdamW? The reference teacher with each, at equal time.
+"""Muon or AdamW? The plain student with each, at equal time.
 
     python -m eval.experiments.optimizer --preset quick
 
-A Muon step costs 5-15% more than an AdamW step, so AdamW gets 15% more steps (column seconds says
-whether that was fair). Each has its own best learning rate of {0.002, 0.004, 0.008, 0.016}, found
-with seed 0 of a shorter run.
+A Muon step costs more than an AdamW step, so AdamW gets 15% more steps (column seconds says
+whether that was fair). Muon runs at the scripts' default rate, AdamW at its best of 0.002, 0.004,
+0.008 and 0.016 (seed 0, 600 steps: 4.16, 4.05, 3.99, 3.99).
 """
 
 from .common import experiment_main, pretrained, run_experiments, text_experiment
 
-ADAMW_RATE, MORE_STEPS = 0.008, 1.15
+ADAMW_RATE, MORE_STEPS = 0.016, 1.15
 
 
 def experiment(scale):
@@ -19,8 +19,8 @@ def experiment(scale):
         "learning_rate": ADAMW_RATE,
     }
     arms = [
-        ("muon", lambda seed: pretrained(scale, scale.teacher, seed)),
-        ("adamw", lambda seed: pretrained(scale, scale.teacher, seed, **more)),
+        ("muon", lambda seed: pretrained(scale, scale.student, seed)),
+        ("adamw", lambda seed: pretrained(scale, scale.student, seed, **more)),
     ]
     return text_experiment(scale, "optimizer", arms)
 

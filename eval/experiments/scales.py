@@ -23,7 +23,7 @@ class Scale:
     vocab_size: int = 2048
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    data_shares: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    data_shares: tuple[float, ...] = (0.1, 0.3, 1.0)
 
 
 SCALES = {
@@ -39,8 +39,8 @@ SCALES = {
         seq_len=128,
         text_share=0.3,
         reason_teacher="micro",
-        reason_steps=400,
-        reason_batch=64,
+        reason_steps=500,
+        reason_batch=32,
         temperatures=(0.5, 1.0, 2.0, 4.0),
         alphas=(0.0, 0.5, 1.0),
         data_shares=(0.1, 1.0),
@@ -49,16 +49,16 @@ SCALES = {
         name="standard",
         teacher="mini",
         student="nano",
-        teacher_sizes=("nano", "micro", "mini", "midi"),
+        teacher_sizes=("nano", "micro", "mini"),
         seeds=3,
         headline_seeds=3,
         text_steps=400,
         text_batch=16,
         seq_len=128,
         text_share=1.0,
-        reason_teacher="mini",
-        reason_steps=800,
-        reason_batch=64,
+        reason_teacher="micro",
+        reason_steps=900,
+        reason_batch=32,
     ),
     # 25M and 104M teachers, a 5M student: for one laptop GPU.
     "full": Scale(
