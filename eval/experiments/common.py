@@ -223,6 +223,8 @@ def prepare_data(scale: Scale) -> None:
 
     out = data_folder(scale)
     if not (Path(out) / "meta.json").is_file():
-        words = ["--out", out, "--vocab_size", str(scale.vocab_size)]
+        words = ["--out", out]
+        for flag in ("vocab_size", "prompts", "test_problems"):
+            words += [f"--{flag}", str(getattr(scale, flag))]
         print("$ python -m dataset.prepare " + " ".join(words))
         prepare.main(prepare.parse_args(words))

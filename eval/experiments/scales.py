@@ -21,6 +21,8 @@ class Scale:
     reason_steps: int
     reason_batch: int
     vocab_size: int = 2048
+    prompts: int = 10000  # problems for which the reasoning teacher writes traces
+    test_problems: int = 1000
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     data_shares: tuple[float, ...] = (0.1, 0.3, 1.0)
@@ -34,13 +36,15 @@ SCALES = {
         teacher_sizes=("nano", "micro", "mini"),
         seeds=1,
         headline_seeds=2,
-        text_steps=250,
+        text_steps=200,
         text_batch=16,
         seq_len=128,
-        text_share=0.3,
+        text_share=0.25,
         reason_teacher="micro",
         reason_steps=500,
         reason_batch=32,
+        prompts=3000,
+        test_problems=500,
         temperatures=(0.5, 1.0, 2.0, 4.0),
         alphas=(0.0, 0.5, 1.0),
         data_shares=(0.1, 1.0),
@@ -60,7 +64,7 @@ SCALES = {
         reason_steps=900,
         reason_batch=32,
     ),
-    # 25M and 104M teachers, a 5M student: for one laptop GPU.
+    # Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
     "full": Scale(
         name="full",
         teacher="base",
