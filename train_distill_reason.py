@@ -25,7 +25,6 @@ weights w. Without one this is how a reasoning teacher is made. See what came ou
 python -m eval.reasoning. Shapes: B batch, S sequence, V vocabulary, N tokens with a weight.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -36,12 +35,8 @@ from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
 from distill import mixed_loss, reasoning_weights, weighted_cross_entropy
 from eval.metrics import evaluate
 from model import load_model, make_or_load, save_model
-from run.batches import microbatches
-from run.files import command_line
-from run.flags import add_common_flags
-from run.folder import Run
-from run.optim import Optimizer
-from run.setup import autocast, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 256, 1000  # held-out conversations, during training and at the end
 
@@ -63,10 +58,8 @@ def compute_loss(
     return mixed_loss(student_logits, teacher_logits, labels, weights, temperature, alpha)
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = new_parser(__doc__)
     group = parser.add_argument_group("reasoning")
     group.add_argument(
         "--student", default="out/student", help="checkpoint folder, or preset (nano, micro, ...)"

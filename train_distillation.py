@@ -15,7 +15,6 @@ a folder made by dataset.prepare, or a jsonl of conversations, of which only the
 count. Next: train_distill_reason.py. Shapes: B batch, S sequence, V vocabulary, D width.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -27,12 +26,8 @@ from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import mixed_loss
 from eval.metrics import evaluate
 from model import load_model, make_or_load, read_config, save_model
-from run.batches import microbatches
-from run.files import command_line
-from run.flags import add_common_flags
-from run.folder import Run
-from run.optim import Optimizer
-from run.setup import autocast, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run.flags import add_common_flags, new_parser
 from run.teacher_cache import TeacherCache
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
@@ -52,10 +47,8 @@ def compute_loss(
     return mixed_loss(student_logits, teacher_logits, labels, labels != -100, temperature, alpha)
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = new_parser(__doc__)
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", default="out/teacher", help="checkpoint folder")
     group.add_argument(

@@ -13,8 +13,6 @@ The first takes about 2.5 minutes on two cores, the second 45 seconds. Next: tra
 Shapes: B batch, S sequence, V vocabulary.
 """
 
-import argparse
-
 import torch
 from torch import Tensor
 
@@ -22,12 +20,8 @@ from dataset.packing import PackedText
 from distill import weighted_cross_entropy
 from eval.metrics import evaluate
 from model import make_or_load, save_model
-from run.batches import microbatches
-from run.files import command_line
-from run.flags import add_common_flags
-from run.folder import Run
-from run.optim import Optimizer
-from run.setup import autocast, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows of the evaluations during training and at the end
 
@@ -37,10 +31,8 @@ def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return weighted_cross_entropy(logits, labels)
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--model",
         default="mini",

@@ -65,7 +65,9 @@ def reasoning_table(results: Path) -> str:
 
 def write_report(results: Path, scale) -> str:
     """Write RESULTS/README.md; returns the tables."""
-    tables = text_table(results) + "\n\n" + reasoning_table(results)
+    tables = text_table(results)
+    if rows_of(results, "reasoning"):
+        tables += "\n\n" + reasoning_table(results)
     devices = {row["device"] for row in rows_of(results, "headline")}
     pictures = [name for name in PICTURES if (Path(results) / name / "plot.png").is_file()]
     parts = [

@@ -1,1 +1,19 @@
 """What every run does alike: device, seed, schedule, optimizer, checkpoint and resume, log."""
+
+from .batches import microbatches
+from .files import command_line
+from .flags import add_common_flags, new_parser
+from .folder import Run
+from .optim import Optimizer
+from .setup import autocast, setup
+
+__all__ = [
+    "Optimizer",
+    "Run",
+    "add_common_flags",
+    "autocast",
+    "command_line",
+    "microbatches",
+    "new_parser",
+    "setup",
+]

@@ -4,6 +4,13 @@ import argparse
 from pathlib import Path
 
 
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows a file's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -> None:
     """Add --out and the flags of data, optimisation and running; `defaults` overrides values."""
     group = parser.add_argument_group("run")

@@ -61,7 +61,7 @@ SCALES = {
         seq_len=128,
         text_share=1.0,
         reason_teacher="micro",
-        reason_steps=900,
+        reason_steps=1600,
         reason_batch=32,
     ),
     # Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
