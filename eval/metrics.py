@@ -36,16 +36,16 @@ def evaluate(
         logits = student.lm_head(student.model(input_ids)[valid]).float()[None]  # (1, N, V)
         labels = labels[valid][None]
         confidence, top = logits.softmax(-1).max(-1)
-        sums[0] += labels.numel()
-        sums[1] += cross_entropy(logits, labels).double().sum().item()
+        sums[0] += labels.numel()  # sums are kept on the CPU: Apple's MPS has no float64
+        sums[1] += cross_entropy(logits, labels).cpu().double().sum().item()
         place = (confidence[0] * BINS).long().clamp(max=BINS - 1).cpu()
         values = torch.stack(
             (torch.ones_like(confidence[0]), confidence[0], (top == labels)[0].float())
         )
-        bins.index_add_(1, place, values.double().cpu())
+        bins.index_add_(1, place, values.cpu().double())
         if teacher is not None:
             teacher_logits = teacher.lm_head(teacher.model(input_ids)[valid]).float()[None]
-            sums[2] += kl_divergence(logits, teacher_logits, 1.0).double().sum().item()
+            sums[2] += kl_divergence(logits, teacher_logits, 1.0).cpu().double().sum().item()
             sums[3] += (top == teacher_logits.argmax(-1)).sum().item()
     tokens, loss, kl, agreeing = sums.tolist()
     if not tokens:

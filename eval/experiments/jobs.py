@@ -72,7 +72,7 @@ class Job:
 def execute(job: Job) -> None:
     """Run one job in this process; what it had begun before is resumed."""
     module = importlib.import_module(job.script)
-    resumable = job.script.startswith("train_")
+    resumable = job.script.startswith("train_") and Path(job.out).is_dir()
     try:
         module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
     except Finished:
