@@ -98,13 +98,13 @@ def draw_temperature(results: Path, figure) -> None:
     if plain is not None:
         worse = [f"{T:g}" for T, mean in zip(temperatures, means, strict=True) if mean > plain]
         title += (
-            f"; no teacher is better than T = {', '.join(worse)}"
+            f"; worse than no teacher: T = {', '.join(worse)}"
             if worse
             else ("; every temperature beats no teacher")
         )
     axis.set_xscale("log", base=2)
     axis.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
-    axis.legend(frameon=False)
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none")
     finish(axis, title, "temperature T (log scale)", LOSS_LABEL)
 
 
@@ -120,7 +120,8 @@ def draw_teacher_size(results: Path, figure) -> None:
         axis, sizes, teachers, color=GREY, marker="s", linestyle=":", label="teacher itself"
     )
     name = f"its {parameters(students[0][0], 'student_params')} student ({seeds_of(rows)})"
-    means = points(axis, sizes, students, color=BLUE, marker="o", label=name)
+    of = [float(group[0]["teacher_params"]) for group in students]
+    means = points(axis, of, students, color=BLUE, marker="o", label=name)
     plain = references_without_teacher(axis, results)
     gain = means[0] - means[-1]
     title = (
@@ -132,7 +133,7 @@ def draw_teacher_size(results: Path, figure) -> None:
     axis.set_xscale("log")
     axis.set_xticks(sizes, [f"{size / 1e6:.1f}M" for size in sizes])
     axis.minorticks_off()
-    axis.legend(frameon=False)
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none")
     finish(axis, title, "teacher parameters (log scale)", LOSS_LABEL)
 
 
@@ -161,7 +162,7 @@ def draw_alpha(results: Path, figure) -> None:
         f"{means[0] - means[best]:.2f} below the teacher alone"
     )
     axis.set_xticks(alphas)
-    axis.legend(frameon=False)
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none")
     finish(axis, title, "alpha: 0 = teacher only, 1 = labels only", LOSS_LABEL)
 
 
@@ -186,7 +187,7 @@ def draw_curves(results: Path, figure) -> None:
     if reached:
         share = reached[0] / steps[-1]
         title += f";\nit passes the plain student's last loss after {share:.0%} of the tokens"
-    axis.legend(frameon=False, title=seeds_of(rows))
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows))
     finish(axis, title, "tokens read (millions)", LOSS_LABEL)
 
 
@@ -209,7 +210,7 @@ def draw_data_share(results: Path, figure) -> None:
     axis.set_xscale("log")
     axis.set_xticks(shares, [f"{share:g}%" for share in shares])
     axis.minorticks_off()
-    axis.legend(frameon=False, title=seeds_of(rows))
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows))
     title = (
         f"With {shares[place]:g}% of the text the plain student loses {lost['plain']:.2f} nats, "
         f"the distilled one {lost['distilled']:.2f}"
@@ -274,7 +275,7 @@ def draw_reasoning(results: Path, figure) -> None:
     axis.text(4.9, 101, "never trained", ha="center", fontsize=9, color=GREY)
     axis.set_xticks(range(1, 6))
     axis.set_ylim(-2, 107)
-    axis.legend(frameon=False, title=seeds_of(rows), fontsize=9)
+    axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows), fontsize=9)
     title = f"At 3 steps, writing the steps is worth {100 * gain:+.0f} points over answers alone"
     finish(axis, title, "steps of the problem", "exact answers (% of held-out problems)")
 
