@@ -20,6 +20,7 @@ import torch
 
 from model import load_model
 from run.files import command_line, read_json, write_json
+from run.flags import new_parser
 from run.setup import choose_device, keep_freed_memory
 
 from .problems import check_response
@@ -30,9 +31,7 @@ CHUNK = 1000  # problems between two writes
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--teacher", default="out/reason_teacher", help="checkpoint folder")
     parser.add_argument("--prompts", default="out/data/reason_prompts.jsonl", help="problems")
     parser.add_argument("--out", type=Path, default=Path("out/traces.jsonl"), help="jsonl to write")

@@ -21,6 +21,7 @@ import json
 from pathlib import Path
 
 from run.files import atomic_path, command_line, copy_tokenizer, write_json
+from run.flags import new_parser
 
 from .chat import check_conversation, gsm8k_conversation, held_out
 from .packing import write_stream
@@ -38,9 +39,7 @@ from .tokenizer import (
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, help="a .txt/.md file or a folder of them")
     source.add_argument("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')

@@ -15,13 +15,12 @@ from dataset.chat import encode_prompt
 from dataset.tokenizer import decode, encode, load_tokenizer, special_id
 from model import load_model, stream
 from run.files import command_line
+from run.flags import new_parser
 from run.setup import choose_device
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
     parser.add_argument(
         "--teacher", default=None, help="a second folder, to reply beside the first"

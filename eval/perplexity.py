@@ -15,13 +15,12 @@ from dataset.tokenizer import tokenizer_hash
 from eval.metrics import evaluate
 from model import load_model
 from run.files import command_line
+from run.flags import new_parser
 from run.setup import choose_device, keep_freed_memory
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--model", default="out/student", help="checkpoint folder")
     parser.add_argument("--teacher", default=None, help="checkpoint folder to compare with")
     parser.add_argument("--data", default="out/data", help="folder made by dataset.prepare")

@@ -19,6 +19,7 @@ import numpy as np
 
 from eval.experiments.common import read_rows
 from run.files import atomic_path, command_line
+from run.flags import new_parser
 
 # Okabe & Ito's colours, distinct for every kind of colour vision; shapes tell them apart in grey.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -52,7 +53,7 @@ def points(axis, x, groups: list[list[dict]], column="val_loss", **style) -> lis
     return stats[:, 0].tolist()
 
 
-def references(axis, results: Path) -> dict[str, float]:
+def references(axis, results: Path, arms=("plain", "teacher")) -> dict[str, float]:
     """Lines for the teacher and the plain student, with their range shaded; returns the means."""
     means = {}
     groups = by_arm(rows_of(results, "headline"))
@@ -60,7 +61,7 @@ def references(axis, results: Path) -> dict[str, float]:
         ("plain", RED, "--", "plain student (no teacher)"),
         ("teacher", GREY, ":", "teacher"),
     ):
-        if arm in groups:
+        if arm in groups and arm in arms:
             mean, low, high = spread(groups[arm], "val_loss")
             axis.axhline(mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
             axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
@@ -100,7 +101,7 @@ def draw_temperature(results: Path, figure) -> None:
         title += (
             f"; worse than no teacher: T = {', '.join(worse)}"
             if worse
-            else ("; every temperature beats no teacher")
+            else "; every temperature beats no teacher"
         )
     axis.set_xscale("log", base=2)
     axis.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
@@ -122,7 +123,7 @@ def draw_teacher_size(results: Path, figure) -> None:
     name = f"its {parameters(students[0][0], 'student_params')} student ({seeds_of(rows)})"
     of = [float(group[0]["teacher_params"]) for group in students]
     means = points(axis, of, students, color=BLUE, marker="o", label=name)
-    plain = references_without_teacher(axis, results)
+    plain = references(axis, results, ("plain",)).get("plain")
     gain = means[0] - means[-1]
     title = (
         f"From {sizes[0] / 1e6:.1f}M to {sizes[-1] / 1e6:.1f}M parameters the teacher gains "
@@ -135,17 +136,6 @@ def draw_teacher_size(results: Path, figure) -> None:
     axis.minorticks_off()
     axis.legend(loc="best", framealpha=0.9, edgecolor="none")
     finish(axis, title, "teacher parameters (log scale)", LOSS_LABEL)
-
-
-def references_without_teacher(axis, results: Path) -> float | None:
-    """Only the plain student's line."""
-    groups = by_arm(rows_of(results, "headline"))
-    if "plain" not in groups:
-        return None
-    mean, low, high = spread(groups["plain"], "val_loss")
-    axis.axhline(mean, color=RED, linestyle="--", linewidth=1.8, label="plain student (no teacher)")
-    axis.axhspan(low, high, color=RED, alpha=0.12, linewidth=0)
-    return mean
 
 
 def draw_alpha(results: Path, figure) -> None:
@@ -308,9 +298,7 @@ def draw_all(results: Path) -> list[Path]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("out/quick/results"), help="folder of the CSV folders"
     )

@@ -22,6 +22,7 @@ from dataset.replies import read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer, special_id
 from model import load_model
 from run.files import atomic_path, command_line
+from run.flags import new_parser
 from run.setup import choose_device, keep_freed_memory
 
 
@@ -79,9 +80,7 @@ def evaluate_reasoning(folder, problems_path, answers_path=None, device="cpu") -
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
     parser.add_argument(
         "--problems", default="out/data/reason_test.jsonl", help="jsonl of problems"

@@ -28,12 +28,11 @@ from eval.experiments.common import prepare_data, root, run_experiments
 from eval.experiments.scales import SCALES
 from eval.report import write_report
 from run.files import command_line
+from run.flags import new_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", choices=tuple(SCALES), default="quick", help="sizes and seeds")
     parser.add_argument(
         "--results", type=Path, default=None, help="folder of CSV and PNG [out/PRESET/results]"

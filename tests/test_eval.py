@@ -123,7 +123,6 @@ def reproduced(prepared_folder, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
     patch.setitem(scales.SCALES, "tiny", TINY)
-    patch.setattr(reasoning, "MAX_NEW_TOKENS", 8, raising=False)
     # An untrained teacher's traces do not verify; keep them all, to have something to learn from.
     from eval.experiments import reasoning as experiment
 
