@@ -111,6 +111,7 @@ def main(args) -> dict:
     # 2. Data: windows of a token stream, or conversations padded to their batch.
     data, held_out = open_data(args)
     packed = isinstance(data, PackedText)
+    parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
     # 3. Models: the teacher is fixed, the student learns.
     teacher = load_model(args.teacher, device).requires_grad_(False) if needs_teacher else None
     if packed and not needs_teacher:
@@ -137,7 +138,6 @@ def main(args) -> dict:
         if cache is not None:  # the teacher's hidden states (B, S, D), computed once for all runs
             tensors += (cache.take(data.window_ids(step, args.batch_size, args.seed)),)
         loss = torch.zeros((), device=device)
-        parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
         for ids, targets, *hidden, share in microbatches(tensors, (labels != -100).float(), parts):
             ids, targets = ids.to(device), targets.to(device)
             with autocast(device, args.dtype):
