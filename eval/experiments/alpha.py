@@ -5,7 +5,7 @@
 alpha = 1 is plain training; its runs are those of train_pretrain.py.
 """
 
-from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
@@ -18,9 +18,5 @@ def experiment(scale):
     return text_experiment(scale, "alpha", arms)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

@@ -217,6 +217,13 @@ def experiment_main(description: str, run: Callable[[Scale, Path], None]) -> Non
     command_line(main, parser.parse_args())
 
 
+def run_alone(description: str, experiment: Callable[[Scale], Experiment]) -> None:
+    """The command line of one experiment of arms."""
+    experiment_main(
+        description, lambda scale, results: run_experiments([experiment(scale)], results)
+    )
+
+
 def prepare_data(scale: Scale) -> None:
     """Run dataset.prepare for this scale, unless it is done."""
     from dataset import prepare

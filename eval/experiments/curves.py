@@ -7,18 +7,15 @@ Copies the evaluations of the headline runs' log.csv into one CSV.
 
 from pathlib import Path
 
-from .common import append_row, distilled, experiment_main, pretrained, read_rows
+from . import headline
+from .common import append_row, experiment_main, read_rows
 from .jobs import run_jobs
 
 
 def run(scale, results) -> None:
     path = results / "curves" / "results.csv"
     present = {(row["arm"], int(row["seed"])) for row in read_rows(path)}
-    for arm, job_of in (
-        ("teacher", lambda seed: pretrained(scale, scale.teacher, seed)),
-        ("plain", lambda seed: pretrained(scale, scale.student, seed)),
-        ("distilled", lambda seed: distilled(scale, seed)),
-    ):
+    for arm, job_of in headline.experiment(scale).arms:
         for seed in range(scale.headline_seeds):
             if (arm, seed) in present:
                 continue

@@ -7,7 +7,7 @@ has read all of it. Column best_val_loss has the lowest held-out loss on the way
 stopping would have kept.
 """
 
-from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
@@ -20,9 +20,5 @@ def experiment(scale):
     return text_experiment(scale, "data_share", arms)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

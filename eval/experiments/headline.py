@@ -5,7 +5,7 @@
 All three read the same tokens; both students have one size and one initialisation.
 """
 
-from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
@@ -17,9 +17,5 @@ def experiment(scale):
     return text_experiment(scale, "headline", arms, scale.headline_seeds)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

@@ -7,7 +7,7 @@ whether that was fair). Muon runs at the scripts' default rate, AdamW at its bes
 0.008 and 0.016 (seed 0, 600 steps: 4.16, 4.05, 3.99, 3.99).
 """
 
-from .common import experiment_main, pretrained, run_experiments, text_experiment
+from .common import pretrained, run_alone, text_experiment
 
 ADAMW_RATE, MORE_STEPS = 0.016, 1.15
 
@@ -25,9 +25,5 @@ def experiment(scale):
     return text_experiment(scale, "optimizer", arms)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

@@ -19,7 +19,7 @@ from pathlib import Path
 from eval.reasoning import evaluate_reasoning
 from run.setup import choose_device, keep_freed_memory
 
-from .common import Experiment, data_folder, experiment_main, root, run_experiments
+from .common import Experiment, data_folder, root, run_alone
 from .jobs import Job
 
 
@@ -110,9 +110,5 @@ def experiment(scale) -> Experiment:
     )
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

@@ -6,7 +6,7 @@ The smallest teacher has the student's own size: what it adds is not knowledge f
 parameters but the form of the target. Each teacher's own loss is a row beside its student's.
 """
 
-from .common import distilled, experiment_main, pretrained, run_experiments, text_experiment
+from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
@@ -19,9 +19,5 @@ def experiment(scale):
     return text_experiment(scale, "teacher_size", arms)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)

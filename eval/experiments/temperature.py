@@ -6,7 +6,7 @@ alpha = 0, so that nothing but the softened teacher is learned from. All runs sh
 for each seed, and its cached hidden states.
 """
 
-from .common import distilled, experiment_main, run_experiments, text_experiment
+from .common import distilled, run_alone, text_experiment
 
 
 def experiment(scale):
@@ -17,9 +17,5 @@ def experiment(scale):
     return text_experiment(scale, "temperature", arms)
 
 
-def run(scale, results) -> None:
-    run_experiments([experiment(scale)], results)
-
-
 if __name__ == "__main__":
-    experiment_main(__doc__, run)
+    run_alone(__doc__, experiment)
