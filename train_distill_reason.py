@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dataset.chat import PARTS, ChatData
 from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
-from distill import mixed_loss, reasoning_weights, weighted_cross_entropy
+from distill import HiddenTeacher, fused_mixed_loss, reasoning_weights
 from eval.metrics import evaluate
 from model import load_model, make_or_load, save_model
 from run import Optimizer, Run, autocast, command_line, microbatches, setup
@@ -42,8 +42,9 @@ EVAL, FINAL_EVAL = 256, 1000  # held-out conversations, during training and at t
 
 
 def compute_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher,
     labels: Tensor,
     weights: Tensor,
     temperature: float,
@@ -51,11 +52,13 @@ def compute_loss(
 ) -> Tensor:
     """Weighted cross-entropy, mixed with the KL where there is a teacher; a scalar.
 
-    Logits (1, N, V), labels and weights (1, N).
+    student_hidden (1, N, D), student_head (V, D), labels and weights (1, N). Without a teacher it
+    is weighted_cross_entropy(logits, labels, weights) of distill/reasoning.py, in chunks.
     """
-    if teacher_logits is None:
-        return weighted_cross_entropy(student_logits, labels, weights)
-    return mixed_loss(student_logits, teacher_logits, labels, weights, temperature, alpha)
+    alpha = 1.0 if teacher is None else alpha
+    return fused_mixed_loss(
+        student_hidden, student_head, teacher, labels, weights, temperature, alpha
+    )
 
 
 def parse_args(argv=None):
@@ -142,25 +145,27 @@ def main(args) -> dict:
         for ids, targets, weight, share in microbatches(
             (input_ids, labels, weights), weights, parts
         ):
-            # Logits only where a token weighs: two thirds of the positions are the prompt's.
+            # Losses only where a token weighs: two thirds of the positions are the prompt's.
             chosen = (weight > 0).to(device)
             ids, targets, weight = ids.to(device), targets.to(device), weight.to(device)
             with autocast(device, args.dtype):
-                student_logits = student.lm_head(student_body(ids)[chosen])[None]  # (1, N, V)
-                teacher_logits = None
+                student_hidden = student_body(ids)[chosen][None]  # (1, N, D)
+                teacher_says = None
                 if teacher is not None:
                     with torch.no_grad():
-                        teacher_logits = teacher.lm_head(teacher.model(ids)[chosen])[None]
-            part = compute_loss(
-                student_logits,
-                teacher_logits,
-                targets[chosen][None],
-                weight[chosen][None],
-                args.temperature,
-                args.alpha,
-            )
-            (part * share.to(device)).backward()
-            loss += part.detach() * share.to(device)
+                        teacher_hidden = teacher.model(ids)[chosen][None]
+                        teacher_says = HiddenTeacher(teacher_hidden, teacher.lm_head.weight)
+                part = share.to(device) * compute_loss(
+                    student_hidden,
+                    student.lm_head.weight,
+                    teacher_says,
+                    targets[chosen][None],
+                    weight[chosen][None],
+                    args.temperature,
+                    args.alpha,
+                )
+            part.backward()
+            loss += part.detach()
         rate = optimizer.step(step)
         if run.log(loss, rate, tokens=int((labels != -100).sum())):
             batches = held_out.evaluation_batches(args.batch_size, EVAL)

@@ -8,6 +8,8 @@ position the student is told V numbers instead of one, so it learns more from th
     python train_pretrain.py                                   # once: the teacher, out/teacher
     python train_distillation.py                               # out/student, T = 1, alpha = 0.5
     python train_distillation.py --temperature 4 --alpha 0 --out out/soft
+    python -m dataset.cache_teacher                            # pays the teacher for many students
+    python train_distillation.py --teacher_cache out/teacher/topk.cache --seed 1 --out out/student1
     python train_distillation.py --data chats.jsonl --student out/student --out out/chat
 
 alpha = 1 is plain training and never runs the teacher; alpha = 0 never reads the labels. --data is
@@ -20,31 +22,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.cache_file import TeacherCache
 from dataset.chat import PARTS, ChatData
 from dataset.packing import PackedText
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
-from distill import mixed_loss
+from distill import HiddenTeacher, fused_mixed_loss
 from eval.metrics import evaluate
 from model import load_model, make_or_load, read_config, save_model
 from run import Optimizer, Run, autocast, command_line, microbatches, setup
 from run.flags import add_common_flags, new_parser
-from run.teacher_cache import TeacherCache
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
 
 
 def compute_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher,
     labels: Tensor,
     temperature: float,
     alpha: float,
 ) -> Tensor:
-    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar; logits (B, S, V), labels (B, S).
+    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar; both halves are means over labels not -100.
 
-    Both halves are means over the tokens whose label is not -100 (distill/logits.py).
+    student_hidden (B, S, D), student_head (V, D), labels (B, S); teacher: what it says about the
+    same tokens. The value of mixed_loss(student_logits, teacher_logits, ...) in distill/logits.py,
+    where the formula stands in six lines; distill/fused.py never holds all of the logits at once.
     """
-    return mixed_loss(student_logits, teacher_logits, labels, labels != -100, temperature, alpha)
+    return fused_mixed_loss(
+        student_hidden, student_head, teacher, labels, labels != -100, temperature, alpha
+    )
 
 
 def parse_args(argv=None):
@@ -61,9 +68,9 @@ def parse_args(argv=None):
         "--alpha", type=float, default=0.5, help="0 (only the teacher) to 1 (only the labels)"
     )
     group.add_argument(
-        "--cache_teacher",
-        action="store_true",
-        help="keep the teacher's hidden states in its folder: pays from the second student on",
+        "--teacher_cache",
+        default=None,
+        help="file of the teacher's output (python -m dataset.cache_teacher): it is not run again",
     )
     group.add_argument(
         "--data", default="out/data", help="folder made by dataset.prepare, or a chat jsonl"
@@ -78,8 +85,8 @@ def parse_args(argv=None):
 def open_data(args):
     """Training and held-out data of --data, both with the teacher's tokenizer."""
     if str(args.data).endswith(".jsonl"):
-        if args.data_share != 1.0 or args.cache_teacher:
-            raise ValueError("--data_share and --cache_teacher need --data to be a prepared folder")
+        if args.data_share != 1.0 or args.teacher_cache:
+            raise ValueError("--data_share and --teacher_cache need --data to be a prepared folder")
         tokenizer = load_tokenizer(args.teacher)
         train = ChatData(args.data, tokenizer, "train", args.seq_len)
         print(
@@ -120,10 +127,13 @@ def main(args) -> dict:
         vocab_size = read_config(args.teacher).vocab_size
     student = make_or_load(args.student, vocab_size, device)
     cache = None
-    if args.cache_teacher and needs_teacher:
-        cache = TeacherCache(teacher, args.teacher, data, device, args.dtype)
-    student_forward = torch.compile(student) if args.compile else student
-    teacher_forward = torch.compile(teacher) if args.compile and needs_teacher else teacher
+    if args.teacher_cache and needs_teacher:
+        head = teacher.lm_head.weight
+        cache = TeacherCache(args.teacher_cache, args.teacher, data, args.temperature, head)
+    student_body = torch.compile(student.model) if args.compile else student.model
+    teacher_body = teacher.model if needs_teacher else None
+    if args.compile and needs_teacher:
+        teacher_body = torch.compile(teacher.model)
     # 4. Optimizer.
     optimizer = Optimizer(student, args)
     # 5. Resume, if asked to.
@@ -135,22 +145,27 @@ def main(args) -> dict:
     for step in run.steps():
         input_ids, labels = data.batch(step, args.batch_size, args.seed)  # (B, S) each
         tensors = (input_ids, labels)
-        if cache is not None:  # the teacher's hidden states (B, S, D), computed once for all runs
-            tensors += (cache.take(data.window_ids(step, args.batch_size, args.seed)),)
+        if cache is not None:
+            tensors += cache.take(data.window_ids(step, args.batch_size, args.seed))
         loss = torch.zeros((), device=device)
-        for ids, targets, *hidden, share in microbatches(tensors, (labels != -100).float(), parts):
+        for ids, targets, *cached, share in microbatches(tensors, (labels != -100).float(), parts):
             ids, targets = ids.to(device), targets.to(device)
             with autocast(device, args.dtype):
-                student_logits = student_forward(ids)  # (B, S, V)
-                teacher_logits = None
-                with torch.no_grad():
-                    if hidden:
-                        teacher_logits = teacher.lm_head(hidden[0].to(device))
-                    elif needs_teacher:
-                        teacher_logits = teacher_forward(ids)
-            part = compute_loss(
-                student_logits, teacher_logits, targets, args.temperature, args.alpha
-            ) * share.to(device)
+                student_hidden = student_body(ids)  # (B, S, D)
+                teacher_says = None
+                if cached:
+                    teacher_says = cache.teacher(*(field.to(device) for field in cached))
+                elif needs_teacher:
+                    with torch.no_grad():
+                        teacher_says = HiddenTeacher(teacher_body(ids), teacher.lm_head.weight)
+                part = share.to(device) * compute_loss(
+                    student_hidden,
+                    student.lm_head.weight,
+                    teacher_says,
+                    targets,
+                    args.temperature,
+                    args.alpha,
+                )
             part.backward()
             loss += part.detach()
         rate = optimizer.step(step)

@@ -26,6 +26,21 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be a positive number")
+
+
+def check_alpha(alpha: float, labels, teacher) -> None:
+    """Raise ValueError where alpha is no share, or what its half of the loss needs is None."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha {alpha} must be between 0 (only the teacher) and 1 (only labels)")
+    if alpha > 0 and labels is None:
+        raise ValueError(f"alpha {alpha} needs labels; without them use alpha 0")
+    if alpha < 1 and teacher is None:
+        raise ValueError(f"alpha {alpha} needs the teacher's logits; without them use alpha 1")
+
+
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """sum(weights * values) / sum(weights) over (B, S); 0 with a gradient path if all weigh 0."""
     if weights is None:
@@ -50,8 +65,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of every token at `temperature`, without T^2: (B, S, V) -> (B, S)."""
-    if not (temperature > 0 and temperature < float("inf")):
-        raise ValueError(f"temperature {temperature} must be a positive number")
+    check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} and teacher logits "
@@ -96,19 +110,14 @@ def mixed_loss(
     count is not computed. labels: (B, S), -100 is ignored. mask: (B, S), the valid tokens or
     their weights for both halves; by default the tokens whose label is not -100.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha {alpha} must be between 0 (only the teacher) and 1 (only labels)")
+    check_alpha(alpha, labels, teacher_logits)
     if mask is None and labels is not None:
         mask = labels != IGNORE
     loss = student_logits.new_zeros((), dtype=torch.float32)
     if alpha > 0:
-        if labels is None:
-            raise ValueError(f"alpha {alpha} needs labels; without them use alpha 0")
         labelled = mask * (labels != IGNORE)
         loss = loss + alpha * weighted_mean(cross_entropy(student_logits, labels), labelled)
     if alpha < 1:
-        if teacher_logits is None:
-            raise ValueError(f"alpha {alpha} needs teacher_logits; without them use alpha 1")
         loss = loss + (1 - alpha) * distillation_loss(
             student_logits, teacher_logits, mask, temperature
         )

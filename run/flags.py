@@ -77,19 +77,25 @@ RANGES = {
     "alpha": (0.0, 1.0),
     "temperature": (1e-3, 1e3),
     "data_share": (1e-6, 1.0),
+    "k": (1, 2**20),
     "tag_weight": (0.0, 1e6),
     "think_weight": (0.0, 1e6),
     "answer_weight": (0.0, 1e6),
 }
 
 
-def check_flags(args) -> None:
-    """Raise ValueError, naming the flag and its range, for a value that cannot work."""
+def check_ranges(args) -> None:
+    """Raise ValueError, naming the flag and its range, for a value outside it."""
     for name, value in vars(args).items():
         if name in RANGES and value is not None:
             low, high = RANGES[name]
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"--{name} {value} must be between {low:g} and {high:g}")
+
+
+def check_flags(args) -> None:
+    """Raise ValueError for flags of a training run that cannot work, alone or together."""
+    check_ranges(args)
     if args.accumulation_steps > args.batch_size:
         raise ValueError(
             f"--accumulation_steps {args.accumulation_steps} cannot cut a batch of "

@@ -1,5 +1,5 @@
 """What every run shares: the schedule, the optimizer's groups, the flags' ranges, files that are
-whole or absent, the teacher's cache, and a run's folder, which loses nothing and resumes to the
+whole or absent, and a run's folder, which loses nothing and resumes to the
 same bits."""
 
 import argparse
@@ -7,21 +7,18 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 
-from dataset.packing import PackedText
 from model import ModelConfig, Transformer, save_model
 from run.files import Finished, atomic_path, command_line, read_json, write_json
 from run.flags import add_common_flags, check_flags
 from run.folder import Run
 from run.optim import Optimizer, learning_rate
 from run.setup import autocast, available_cores, choose_device, setup
-from run.teacher_cache import TeacherCache
 
 TINY = ModelConfig(
     vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -356,107 +353,6 @@ def test_nothing_left_to_do_is_no_mistake(capsys):
 def test_our_own_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         command_line(lambda args: 1 / 0, None)
-
-
-# The teacher's cache.
-
-
-@pytest.fixture
-def text(prepared_folder):
-    return PackedText(prepared_folder, "train", 16)
-
-
-def make_teacher(folder, text, seed=0):
-    teacher = tiny_model(seed, ModelConfig.preset("nano", text.vocab_size)).eval()
-    save_model(teacher, folder)
-    return teacher
-
-
-def open_cache(teacher, folder, text):
-    cpu = torch.device("cpu")
-    return TeacherCache(teacher, folder, text, cpu, "float32")
-
-
-@torch.no_grad()
-def assert_holds(cache, teacher, text):
-    """Every window's states are the teacher's, within float16's rounding (1 part in 2,048)."""
-    windows = np.arange(text.size)[::-1]
-    expected = teacher.model(text.take(windows)[0])
-    got = cache.take(windows)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=2**-11, atol=1e-6)
-
-
-def spoil(folder):
-    """Fill the cached states with zeros: seen again, they show that the file was not made again."""
-    (path,) = folder.glob("*.f16")
-    path.write_bytes(bytes(path.stat().st_size))
-    return path
-
-
-def test_the_cache_holds_the_hidden_states(tmp_path, text):
-    teacher = make_teacher(tmp_path, text)
-    cache = open_cache(teacher, tmp_path, text)
-    assert_holds(cache, teacher, text)
-    ids, _ = text.batch(3, 4, seed=1)
-    states = cache.take(text.window_ids(3, 4, seed=1))
-    torch.testing.assert_close(teacher.lm_head(states), teacher(ids), rtol=1e-3, atol=1e-3)
-
-
-def test_the_cache_is_made_once(tmp_path, text, prepared_folder):
-    teacher = make_teacher(tmp_path, text)
-    open_cache(teacher, tmp_path, text)
-    spoil(tmp_path)
-    everything = np.arange(text.size)
-    assert open_cache(teacher, tmp_path, text).take(everything).abs().max() == 0
-    part = PackedText(prepared_folder, "train", 16, share=0.5)  # a prefix of the same windows
-    states = open_cache(teacher, tmp_path, part).take(np.arange(part.size))
-    assert states.shape == (part.size, 16, 64)
-
-
-def test_the_cache_of_a_part_does_not_serve_the_whole(tmp_path, text, prepared_folder):
-    teacher = make_teacher(tmp_path, text)
-    part = PackedText(prepared_folder, "train", 16, share=0.4)
-    assert_holds(open_cache(teacher, tmp_path, part), teacher, part)
-    assert_holds(open_cache(teacher, tmp_path, text), teacher, text)
-    assert_holds(open_cache(teacher, tmp_path, part), teacher, part)
-
-
-def test_another_teacher_is_computed_again(tmp_path, text):
-    open_cache(make_teacher(tmp_path, text, seed=0), tmp_path, text)
-    spoil(tmp_path)
-    teacher = make_teacher(tmp_path, text, seed=1)
-    assert_holds(open_cache(teacher, tmp_path, text), teacher, text)
-
-
-def test_another_text_is_computed_again(tmp_path, text, prepared_folder):
-    teacher = make_teacher(tmp_path / "teacher", text)
-    open_cache(teacher, tmp_path / "teacher", text)
-    spoil(tmp_path / "teacher")
-    data = shutil.copytree(prepared_folder, tmp_path / "data")
-    stream = np.fromfile(data / "train.bin", dtype=np.uint16)[::-1]
-    stream.tofile(data / "train.bin")
-    meta = json.loads((data / "meta.json").read_text())
-    meta["train"]["sha256"] = "0" * 64
-    (data / "meta.json").write_text(json.dumps(meta))
-    other = PackedText(data, "train", 16)
-    assert_holds(open_cache(teacher, tmp_path / "teacher", other), teacher, other)
-
-
-@pytest.mark.parametrize("damage", ["cut", "gone", "no header", "bad header"])
-def test_a_damaged_cache_is_made_again(tmp_path, text, damage):
-    teacher = make_teacher(tmp_path, text)
-    open_cache(teacher, tmp_path, text)
-    path = spoil(tmp_path)
-    if damage == "cut":
-        path.write_bytes(bytes(100))
-    elif damage == "gone":
-        path.unlink()
-    elif damage == "no header":
-        path.with_suffix(".json").unlink()
-    else:
-        path.with_suffix(".json").write_text("{")
-    assert_holds(open_cache(teacher, tmp_path, text), teacher, text)
 
 
 # The run's folder.

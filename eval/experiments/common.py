@@ -59,6 +59,18 @@ def pretrained(scale: Scale, size: str, seed: int, share: float = 1.0, **more) -
     return Job("train_pretrain", f"{root(scale)}/runs/{name}", flags)
 
 
+def teacher_cache(scale: Scale, teacher: Job) -> Job:
+    """What the teacher says about all windows, in a file."""
+    flags = (
+        ("teacher", teacher.out),
+        ("data", data_folder(scale)),
+        ("method", "hidden"),
+        ("seq_len", scale.seq_len),
+        ("data_share", scale.text_share),
+    )
+    return Job("dataset.cache_teacher", f"{teacher.out}/hidden.cache", flags, (teacher,))
+
+
 def distilled(
     scale: Scale,
     seed: int,
@@ -69,8 +81,8 @@ def distilled(
 ) -> Job:
     """The student distilled from a teacher of the same seed.
 
-    Students of the reference teacher read its hidden states from a cache, which the one with the
-    default settings writes; a teacher with a single student is run live.
+    The reference teacher has many students: they read its hidden states from a file. A teacher with
+    a single student is run live.
     """
     size = teacher_size or scale.teacher
     teacher = pretrained(scale, size, seed)
@@ -85,9 +97,9 @@ def distilled(
     )
     needs = (teacher,)
     if size == scale.teacher:
-        flags += (("cache_teacher", None),)
-        if (temperature, alpha, share) != (1.0, 0.5, 1.0):
-            needs += (distilled(scale, seed),)
+        cache = teacher_cache(scale, teacher)
+        flags += (("teacher_cache", cache.out),)
+        needs += (cache,)
     return Job("train_distillation", f"{root(scale)}/runs/{name}", flags, needs)
 
 

@@ -47,7 +47,7 @@ class Job:
     @property
     def record_path(self) -> Path:
         """The file that exists once the job is done."""
-        if self.script == "dataset.make_traces":
+        if self.script.startswith("dataset."):
             return Path(self.out + ".finished.json")
         return Path(self.out) / "run.json"
 
