@@ -26,7 +26,7 @@ from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import mixed_loss
 from eval.metrics import evaluate
 from model import load_model, make_or_load, read_config, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
 from run.flags import add_common_flags, new_parser
 from run.teacher_cache import TeacherCache
 
@@ -113,12 +113,14 @@ def main(args) -> dict:
     packed = isinstance(data, PackedText)
     parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
     # 3. Models: the teacher is fixed, the student learns.
-    teacher = load_model(args.teacher, device).requires_grad_(False) if needs_teacher else None
+    teacher = None
+    if needs_teacher:
+        teacher = place(load_model(args.teacher).requires_grad_(False), device, args)
     if packed and not needs_teacher:
         vocab_size = data.vocab_size
     else:
         vocab_size = read_config(args.teacher).vocab_size
-    student = make_or_load(args.student, vocab_size, device)
+    student = place(make_or_load(args.student, vocab_size), device, args)
     cache = None
     if args.cache_teacher and needs_teacher:
         cache = TeacherCache(teacher, args.teacher, data, device, args.dtype)

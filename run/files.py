@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import parallel
+
 
 @contextmanager
 def atomic_path(path) -> Iterator[Path]:
@@ -60,14 +62,25 @@ class Finished(Exception):
 
 
 def command_line(main, args=None) -> None:
-    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
+    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2.
+
+    Of several processes the first one to fail prints it.
+    """
     try:
         main(args)
     except Finished as reason:
         print(reason)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if parallel.speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
+        if parallel.speaks():
+            print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if parallel.speaks():
+            raise
+        sys.exit(1)
+    finally:
+        parallel.stop()

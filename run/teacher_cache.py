@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from model.checkpoint import weight_files
 
+from . import parallel
 from .files import atomic_path, read_json, write_json
 from .setup import autocast
 
@@ -41,19 +42,20 @@ class TeacherCache:
         }
         path = Path(teacher_folder) / f"hidden_{text.seq_len}.f16"
         header_path = path.with_suffix(".json")
-        try:
-            known = read_json(header_path)
-        except ValueError:  # missing or damaged: the cache is made again
-            known = {}
-        # A cache of more windows holds those of a smaller share of the text: it is a prefix.
-        windows = max(known.get("windows", 0), text.size)
-        shape = (windows, text.seq_len, teacher.config.hidden_size)
-        whole = path.is_file() and path.stat().st_size == 2 * int(np.prod(shape))
-        if not whole or known != {**self.header, "windows": windows}:
-            shape = (text.size, *shape[1:])
-            header_path.unlink(missing_ok=True)
-            self.write(path, shape, teacher, text, device, autocast(device, dtype))
-            write_json(header_path, self.header)
+        with parallel.main_first():
+            try:
+                known = read_json(header_path)
+            except ValueError:  # missing or damaged: the cache is made again
+                known = {}
+            # A cache of more windows holds those of a smaller share of the text: it is a prefix.
+            windows = max(known.get("windows", 0), text.size)
+            shape = (windows, text.seq_len, teacher.config.hidden_size)
+            whole = path.is_file() and path.stat().st_size == 2 * int(np.prod(shape))
+            if not whole or known != {**self.header, "windows": windows}:
+                shape = (text.size, *shape[1:])
+                header_path.unlink(missing_ok=True)
+                self.write(path, shape, teacher, text, device, autocast(device, dtype))
+                write_json(header_path, self.header)
         self.states = np.memmap(path, dtype=np.float16, mode="r", shape=shape)
 
     @staticmethod
