@@ -23,12 +23,13 @@ def place(model: nn.Module, device: torch.device, args) -> nn.Module:
     The model comes on the CPU, so that with --fsdp no device ever holds more than one whole layer.
     """
     global in_use
-    if not args.fsdp:
+    in_use = args.fsdp
+    if not in_use:
         return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh, in_use = init_device_mesh(device.type, (parallel.world_size(),)), True
+    mesh = init_device_mesh(device.type, (parallel.world_size(),))
     for layer in (*model.model.layers, model):
         fully_shard(layer, mesh=mesh)
     for module in model.modules():
