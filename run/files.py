@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,21 +67,23 @@ def command_line(main, args=None) -> None:
 
     Of several processes the first one to fail prints it.
     """
+    code = 0
     try:
         main(args)
     except Finished as reason:
         print(reason)
     except (ValueError, OSError) as error:
+        code = 2
         if parallel.speaks():
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as stop:
+        code = 130
         if parallel.speaks():
             print(str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
     except Exception:
-        if parallel.speaks():
+        if parallel.world_size() == 1:
             raise
-        sys.exit(1)
-    finally:
-        parallel.stop()
+        code = 1
+        if parallel.speaks():
+            traceback.print_exc()
+    parallel.leave(code)

@@ -47,9 +47,22 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")  # what all processes would print is printed once
 
 
-def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
+def leave(code: int) -> None:
+    """End this process with exit code `code`; where it is alone, return if that is 0.
+
+    Of several, one that failed does not close the connections: closing them waits for the others,
+    which may be waiting for it (torchtitan #1342). And the interpreter is not taken down: gloo's
+    threads can still hold tensors then, and abort (pytorch #179291).
+    """
+    if store is None:
+        if code:
+            sys.exit(code)
+        return
+    if code == 0:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def world_size() -> int:
@@ -58,15 +71,6 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def local_rank() -> int:
-    """The number of this process among those of its machine, and so of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
-
-
-def local_world_size() -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
 
 
 def is_main() -> bool:

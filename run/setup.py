@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
             name = "cpu"
     several = parallel.world_size() > 1
     if several and name == "cuda":
-        name = f"cuda:{parallel.local_rank()}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif several and name != "cpu":
         raise ValueError(
             f"--device {name} is one device for {parallel.world_size()} processes: use cuda, which "
@@ -50,7 +50,8 @@ def setup(args) -> torch.device:
     torch.manual_seed(args.seed)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // parallel.local_world_size()))
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        torch.set_num_threads(max(1, available_cores() // neighbours))
     torch.set_float32_matmul_precision("high")  # tf32 on CUDA; nothing changes on a CPU
     reset_peak_memory()
     return choose_device(args.device)
