@@ -35,7 +35,7 @@ from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss, reasoning_weights
 from eval.metrics import evaluate
 from model import load_model, make_or_load, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 256, 1000  # held-out conversations, during training and at the end
@@ -98,10 +98,11 @@ def open_models(args, device):
             "no student in 'out/student': make one with: python train_distillation.py, or start "
             "from a preset: --student nano"
         )
-    student = make_or_load(args.student, load_tokenizer(folder).get_vocab_size(), device)
+    student = make_or_load(args.student, load_tokenizer(folder).get_vocab_size())
+    student = place(student, device, args)
     if args.teacher is None or args.alpha == 1:
         return student, None, folder
-    teacher = load_model(args.teacher, device).requires_grad_(False)
+    teacher = place(load_model(args.teacher).requires_grad_(False), device, args)
     if tokenizer_hash(args.teacher) != tokenizer_hash(folder):
         raise ValueError(
             f"the tokenizer of teacher {args.teacher} is not the one of {folder}: both must use "

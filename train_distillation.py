@@ -29,7 +29,7 @@ from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss
 from eval.metrics import evaluate
 from model import load_model, make_or_load, read_config, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
@@ -120,12 +120,14 @@ def main(args) -> dict:
     packed = isinstance(data, PackedText)
     parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
     # 3. Models: the teacher is fixed, the student learns.
-    teacher = load_model(args.teacher, device).requires_grad_(False) if needs_teacher else None
+    teacher = None
+    if needs_teacher:
+        teacher = place(load_model(args.teacher).requires_grad_(False), device, args)
     if packed and not needs_teacher:
         vocab_size = data.vocab_size
     else:
         vocab_size = read_config(args.teacher).vocab_size
-    student = make_or_load(args.student, vocab_size, device)
+    student = place(make_or_load(args.student, vocab_size), device, args)
     cache = None
     if args.teacher_cache and needs_teacher:
         head = teacher.lm_head.weight

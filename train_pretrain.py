@@ -20,7 +20,7 @@ from dataset.packing import PackedText
 from distill import weighted_cross_entropy
 from eval.metrics import evaluate
 from model import make_or_load, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, setup
+from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows of the evaluations during training and at the end
@@ -54,7 +54,7 @@ def main(args) -> dict:
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
     held_out = PackedText(args.data, "val", args.seq_len)
     # 3. Model.
-    student = make_or_load(args.model, text.vocab_size, device)
+    student = place(make_or_load(args.model, text.vocab_size), device, args)
     forward = torch.compile(student) if args.compile else student
     # 4. Optimizer: Muon and AdamW; the schedule is warm-up and cosine.
     optimizer = Optimizer(student, args)

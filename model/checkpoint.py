@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from run import parallel, shards
 from run.files import atomic_path, copy_tokenizer, read_json, write_json
 
 from .config import PRESETS, ModelConfig
@@ -25,10 +26,14 @@ def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
     """Write `model` to `folder`, in the dtype that its parameters have.
 
     tokenizer_folder: where tokenizer.json lies; its files are copied so that the folder is whole.
+    To be called by every process of a run, of which one writes.
     """
     folder = Path(folder)
+    tensors = shards.gather(dict(model.state_dict()))
+    if not parallel.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     write_json(folder / "config.json", model.config.to_json())

@@ -6,6 +6,7 @@ from .flags import add_common_flags, new_parser
 from .folder import Run
 from .optim import Optimizer
 from .setup import autocast, setup
+from .shards import place
 
 __all__ = [
     "Optimizer",
@@ -15,5 +16,6 @@ __all__ = [
     "command_line",
     "microbatches",
     "new_parser",
+    "place",
     "setup",
 ]

@@ -8,9 +8,12 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from . import parallel
 
 
 @contextmanager
@@ -60,14 +63,27 @@ class Finished(Exception):
 
 
 def command_line(main, args=None) -> None:
-    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
+    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2.
+
+    Of several processes the first one to fail prints it.
+    """
+    code = 0
     try:
         main(args)
     except Finished as reason:
         print(reason)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+        if parallel.speaks():
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+        if parallel.speaks():
+            print(str(stop) or "stopped", file=sys.stderr)
+    except Exception:
+        if parallel.world_size() == 1:
+            raise
+        code = 1
+        if parallel.speaks():
+            traceback.print_exc()
+    parallel.leave(code)

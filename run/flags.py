@@ -24,13 +24,19 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
         help="of the forward pass; auto is bfloat16 on CUDA, float32 elsewhere",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the models")
+    group.add_argument(
+        "--fsdp", action="store_true", help="with torchrun: shard the models over the processes"
+    )
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=int, default=1000, help="optimizer steps, 1 or more")
     group.add_argument(
-        "--batch_size", type=int, default=16, help="sequences of one optimizer step, 1 or more"
+        "--batch_size",
+        type=int,
+        default=16,
+        help="sequences of one optimizer step, over all processes, 1 or more",
     )
     group.add_argument(
         "--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat), 2+"
@@ -39,7 +45,7 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
         "--accumulation_steps",
         type=int,
         default=1,
-        help="parts that a batch is cut into: the same result in less memory, 1 to batch_size",
+        help="parts that a process cuts its rows into: the same in less memory, 1 to batch_size",
     )
     group.add_argument(
         "--optimizer",

@@ -27,13 +27,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import parallel, shards
 from .files import Finished, atomic_path, read_json, write_json
 from .optim import Optimizer
 from .setup import peak_memory_mb
 
 LOG_EVERY = 10
 bar_position = None  # the line of this process's progress bar, where several run at once
-NOT_IN_RESULT = ("out", "resume", "overwrite")  # flags that do not change what is computed
+NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
 
 
@@ -74,9 +75,11 @@ class Run:
                     f"{self.out} already holds a run: pass --resume to go on with it, --overwrite "
                     "to replace it, or another --out"
                 )
-            record.unlink(missing_ok=True)
-            shutil.rmtree(self.out / "resume", ignore_errors=True)
+            if parallel.is_main():
+                record.unlink(missing_ok=True)
+                shutil.rmtree(self.out / "resume", ignore_errors=True)
         self.out.mkdir(parents=True, exist_ok=True)
+        parallel.barrier()  # nothing is written before all processes have read
 
     def check_same_flags(self, before: dict) -> None:
         for name, value in self.flags.items():
@@ -88,14 +91,15 @@ class Run:
 
     def load_state(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{path} cannot be read ({reason}): start again with --overwrite"
             ) from None
         self.check_same_flags(json.loads(state["flags"]))
-        self.student.load_state_dict(state["student"], strict=True)
+        now, before = self.student.state_dict(), state["student"]
+        self.student.load_state_dict({k: shards.shard(before[k], now[k]) for k in before})
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens = state["step"], state["tokens"]
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
@@ -103,22 +107,22 @@ class Run:
         print(f"{self.out}: resuming after step {self.step}")
 
     def save_state(self) -> None:
-        with atomic_path(self.out / "resume" / "state.pt") as temporary:
-            torch.save(
-                {
-                    "student": self.student.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "best_loss": self.best_loss,
-                    "best_step": self.best_step,
-                    "seconds": self.seconds(),
-                    "rows": json.dumps(self.rows),
-                    "flags": json.dumps(self.flags),
-                },
-                temporary,
-            )
-        self.write_log()
+        state = {
+            "student": shards.gather(self.student.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "seconds": self.seconds(),
+            "rows": json.dumps(self.rows),
+            "flags": json.dumps(self.flags),
+        }
+        if parallel.is_main():
+            with atomic_path(self.out / "resume" / "state.pt") as temporary:
+                torch.save(state, temporary)
+            self.write_log()
+        parallel.barrier()  # whoever goes on, or ends, finds it written
 
     # The loop.
 
@@ -140,13 +144,14 @@ class Run:
             mininterval=0.5,
             position=bar_position,
             leave=bar_position is None,
+            disable=not parallel.is_main(),
         )
         try:
             with bar as self.bar:
                 while self.step < self.args.steps and not self.patience_is_over():
                     yield self.step
                     self.bar.update()
-                    if self.stop_signal is not None:
+                    if parallel.any_rank(self.stop_signal is not None):
                         self.check_finite()
                         self.save_state()
                         raise KeyboardInterrupt(
@@ -166,8 +171,7 @@ class Run:
         self.last_loss = loss.detach()
         evaluate = self.step % self.args.eval_every == 0 or self.step == self.args.steps
         if evaluate or self.step % LOG_EVERY == 0 or self.step == 1:
-            self.check_finite()
-            value = float(loss)
+            value = self.check_finite()
             self.rows.append(
                 {
                     "step": self.step,
@@ -182,17 +186,20 @@ class Run:
             self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s", refresh=False)
         return evaluate
 
-    def check_finite(self) -> None:
-        """Raise ValueError before weights are saved over by what a diverged step left."""
-        value = float(self.last_loss)
+    def check_finite(self) -> float:
+        """The last loss, of all processes; raises ValueError before weights are saved over by
+        what a diverged step left."""
+        value = float(parallel.total(self.last_loss))
         if not math.isfinite(value):
             raise ValueError(
                 f"the loss at step {self.step} is {value}: lower --learning_rate "
                 f"({self.args.learning_rate:g}) or --grad_clip; nothing was saved over"
             )
+        return value
 
     def evaluated(self, val_loss: float) -> None:
         """Record a held-out loss; keep the weights if it is the lowest so far; save the state."""
+        val_loss = parallel.of_main(val_loss)
         self.rows[-1]["val_loss"] = val_loss
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step
@@ -209,7 +216,6 @@ class Run:
     def finish(self, config: dict, metrics: dict) -> dict:
         """Write the last weights and run.json, remove the resume state; returns the record."""
         self.save_model(self.out)
-        self.write_log()
         record = {
             "argv": sys.argv,
             "args": self.flags,
@@ -219,6 +225,7 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": describe_device(self.device),
             "threads": torch.get_num_threads(),
+            "processes": parallel.world_size(),
             "parameters": self.student.num_parameters(),
             "steps": self.step,
             "tokens": self.tokens,
@@ -228,8 +235,11 @@ class Run:
             "best_step": self.best_step,
             "metrics": metrics,
         }
-        write_json(self.out / "run.json", record)
-        shutil.rmtree(self.out / "resume", ignore_errors=True)
+        if parallel.is_main():
+            self.write_log()
+            write_json(self.out / "run.json", record)
+            shutil.rmtree(self.out / "resume", ignore_errors=True)
+        parallel.barrier()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"{self.out}: {shown}, {record['seconds']:.0f} s")
         return record

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import nn
 
+from . import parallel, shards
+
 
 class Optimizer:
     """AdamW alone, or Muon beside AdamW, behind one step, zero_grad and state_dict."""
@@ -43,7 +45,9 @@ class Optimizer:
         self.args = args
 
     def step(self, step: int) -> float:
-        """Clip the gradient, set the rate of `step`, update, clear; returns the rate."""
+        """Sum and clip the gradient, set the rate of `step`, update, clear; returns the rate."""
+        if not shards.in_use:  # fully_shard has summed them in backward
+            parallel.sum_gradients(self.parameters)
         if self.args.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip)
         rate = learning_rate(step, self.args)
@@ -55,11 +59,17 @@ class Optimizer:
         return rate
 
     def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+        """Whole, whatever is sharded: a run may go on with another number of processes."""
+        return [shards.gather(part.state_dict()) for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+            held = [parameter for group in part.param_groups for parameter in group["params"]]
+            moments = {
+                number: {k: shards.shard(v, held[number]) for k, v in values.items()}
+                for number, values in state["state"].items()
+            }
+            part.load_state_dict({**state, "state": moments})
 
 
 def learning_rate(step: int, args) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import parallel
 from .flags import check_flags
 
 
@@ -21,9 +22,19 @@ def choose_device(name: str) -> torch.device:
             name = "mps"
         else:
             name = "cpu"
+    several = parallel.world_size() > 1
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif several and name != "cpu":
+        raise ValueError(
+            f"--device {name} is one device for {parallel.world_size()} processes: use cuda, which "
+            "gives each a GPU, or cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if several and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not usable ({reason}): try auto or cpu") from None
@@ -32,15 +43,38 @@ def choose_device(name: str) -> torch.device:
 
 def setup(args) -> torch.device:
     """Check the flags, seed everything, tune the process; returns the device."""
+    parallel.start()
     check_flags(args)
+    check_processes(args)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(available_cores())
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        torch.set_num_threads(max(1, available_cores() // neighbours))
     torch.set_float32_matmul_precision("high")  # tf32 on CUDA; nothing changes on a CPU
     reset_peak_memory()
     return choose_device(args.device)
+
+
+def check_processes(args) -> None:
+    """Raise ValueError for what one process, or several, cannot do."""
+    processes = parallel.world_size()
+    if processes > args.batch_size:
+        raise ValueError(
+            f"{processes} processes cannot share a batch of {args.batch_size} sequences: raise "
+            "--batch_size, or lower torchrun's --nproc_per_node"
+        )
+    if args.fsdp and processes == 1:
+        raise ValueError(
+            "--fsdp shards the models over several processes: start two or more with "
+            "torchrun --nproc_per_node=2 and the rest of this command"
+        )
+    if args.fsdp and vars(args).get("teacher_cache"):
+        raise ValueError(
+            "--teacher_cache needs the whole teacher in one process, --fsdp has only parts: leave "
+            "one of them out"
+        )
 
 
 def available_cores() -> int:

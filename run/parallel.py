@@ -1,0 +1,140 @@
+"""One run on several devices, a process each: data-parallel training.
+
+    torchrun --nproc_per_node=4 train_pretrain.py --batch_size 64
+
+Every process holds the same weights, computes the whole batch's token ids, and takes its own rows
+of them (run/batches.py). Its loss is its share of the batch's, so gradients are summed over the
+processes, once an optimizer step, and all of them make the same update. That is what PyTorch's
+DistributedDataParallel does; it also sends each layer's gradients while earlier layers are still
+in backward, which hides the time that sending takes. A model that does not fit one device needs
+--fsdp (run/shards.py).
+
+The process of rank 0 writes and prints. Where torchrun did not start this process, all of this is
+the identity. Tensors on a CPU travel by gloo, on CUDA by NCCL.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+TIMEOUT = timedelta(hours=2)  # others wait while rank 0 evaluates or compiles
+store = None  # the key-value store of torchrun, which outlives a process that failed
+
+
+def start() -> None:
+    """Meet the processes that torchrun started, if it did."""
+    global store
+    alone = "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone or store is not None:
+        return
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes cannot meet ({reason}): start them with torchrun, and if the port is "
+            "taken choose another with --master_port"
+        ) from None
+    if number > 0:
+        sys.stdout = open(os.devnull, "w")  # what all processes would print is printed once
+
+
+def leave(code: int) -> None:
+    """End this process with exit code `code`; where it is alone, return if that is 0.
+
+    Of several, one that failed does not close the connections: closing them waits for the others,
+    which may be waiting for it (torchtitan #1342). And the interpreter is not taken down: gloo's
+    threads can still hold tensors then, and abort (pytorch #179291).
+    """
+    if store is None:
+        if code:
+            sys.exit(code)
+        return
+    if code == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process is the first to report how the run ends; the others stay silent.
+
+    Most mistakes are made by all processes at once; others by one, and the rest then fail because
+    that one is gone. The reader needs the first message only.
+    """
+    if store is None:
+        return True
+    try:
+        return store.add("spoken", 1) == 1
+    except RuntimeError:  # the store went with its process, which has spoken
+        return False
+
+
+# Agreements. Each is made by all processes at the same place, or they wait for each other forever.
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Report a process that is gone as an OSError, in one sentence."""
+    try:
+        yield
+    except RuntimeError:
+        raise ConnectionError(
+            "another process of this run has ended: see its message, or whether the system killed "
+            "it (memory?); go on from the last saved state with --resume"
+        ) from None
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of every process's `value`."""
+    if world_size() > 1:
+        value = value.clone()
+        with meeting():
+            dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true in any process. It is a CPU's tensor: no process waits for a GPU."""
+    return bool(total(torch.tensor(int(flag)))) if world_size() > 1 else flag
+
+
+def barrier() -> None:
+    any_rank(False)
+
+
+def of_main(value: float) -> float:
+    """The value that rank 0 has: equal weights on unequal GPUs may differ in the last digit."""
+    return float(total(torch.tensor(value if is_main() else 0.0, dtype=torch.float64)))
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over the processes, sent as one vector."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    vector = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = vector.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
