@@ -35,7 +35,17 @@ from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss, reasoning_weights
 from eval.metrics import evaluate
 from model import load_model, make_or_load, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
+from run import (
+    Ahead,
+    Optimizer,
+    Run,
+    autocast,
+    command_line,
+    microbatches,
+    place,
+    settle_speed,
+    setup,
+)
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 256, 1000  # held-out conversations, during training and at the end
@@ -52,8 +62,8 @@ def compute_loss(
 ) -> Tensor:
     """Weighted cross-entropy, mixed with the KL where there is a teacher; a scalar.
 
-    student_hidden (1, N, D), student_head (V, D), labels and weights (1, N). Without a teacher it
-    is weighted_cross_entropy(logits, labels, weights) of distill/reasoning.py, in chunks.
+    student_hidden (N, D), student_head (V, D), labels and weights (N,). Without a teacher it is
+    weighted_cross_entropy(logits, labels, weights) of distill/reasoning.py, in chunks.
     """
     alpha = 1.0 if teacher is None else alpha
     return fused_mixed_loss(
@@ -116,6 +126,7 @@ def main(args) -> dict:
     device = setup(args)
     # 2. Models first: the student's folder says which tokenizer reads the data.
     student, teacher, tokenizer_folder = open_models(args, device)
+    settle_speed(args, device, student)
     student_body = torch.compile(student.model, dynamic=True) if args.compile else student.model
     # 3. Data: a conversation's labels are the assistant's words only.
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -130,6 +141,15 @@ def main(args) -> dict:
     )
     tag_ids = tuple(special_id(tokenizer, tag) for tag in TAGS)
     end_of_turn = special_id(tokenizer, "<|im_end|>")
+
+    def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        input_ids, labels = data.batch(step, args.batch_size, args.seed)
+        weights = reasoning_weights(
+            labels, args.tag_weight, args.think_weight, args.answer_weight, tag_ids, end_of_turn
+        )
+        return input_ids, labels, weights
+
+    batch_of = Ahead(batch, args.steps, device)
     # 4. Optimizer.
     optimizer = Optimizer(student, args)
     # 5. Resume, if asked to.
@@ -138,30 +158,30 @@ def main(args) -> dict:
     )
     # 6. Train.
     for step in run.steps():
-        input_ids, labels = data.batch(step, args.batch_size, args.seed)  # (B, S) each
-        weights = reasoning_weights(
-            labels, args.tag_weight, args.think_weight, args.answer_weight, tag_ids, end_of_turn
-        )
+        input_ids, labels, weights = batch_of(step)  # (B, S) each
         loss = torch.zeros((), device=device)
         for ids, targets, weight, share in microbatches(
             (input_ids, labels, weights), weights, parts
         ):
             # Losses only where a token weighs: two thirds of the positions are the prompt's.
-            chosen = (weight > 0).to(device)
-            ids, targets, weight = ids.to(device), targets.to(device), weight.to(device)
+            chosen = weight.flatten().nonzero()[:, 0]  # (N,), on the CPU: no GPU is waited for
+            ids, chosen, targets, weight = (
+                tensor.to(device, non_blocking=True)
+                for tensor in (ids, chosen, targets.flatten()[chosen], weight.flatten()[chosen])
+            )
             with autocast(device, args.dtype):
-                student_hidden = student_body(ids)[chosen][None]  # (1, N, D)
+                student_hidden = student_body(ids).flatten(0, 1)[chosen]  # (N, D)
                 teacher_says = None
                 if teacher is not None:
                     with torch.no_grad():
-                        teacher_hidden = teacher.model(ids)[chosen][None]
+                        teacher_hidden = teacher.model(ids).flatten(0, 1)[chosen]
                         teacher_says = HiddenTeacher(teacher_hidden, teacher.lm_head.weight)
-                part = share.to(device) * compute_loss(
+                part = share * compute_loss(
                     student_hidden,
                     student.lm_head.weight,
                     teacher_says,
-                    targets[chosen][None],
-                    weight[chosen][None],
+                    targets,
+                    weight,
                     args.temperature,
                     args.alpha,
                 )

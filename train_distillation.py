@@ -29,7 +29,17 @@ from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss
 from eval.metrics import evaluate
 from model import load_model, make_or_load, read_config, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
+from run import (
+    Ahead,
+    Optimizer,
+    Run,
+    autocast,
+    command_line,
+    microbatches,
+    place,
+    settle_speed,
+    setup,
+)
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
@@ -132,10 +142,20 @@ def main(args) -> dict:
     if args.teacher_cache and needs_teacher:
         head = teacher.lm_head.weight
         cache = TeacherCache(args.teacher_cache, args.teacher, data, args.temperature, head)
+    settle_speed(args, device, student)
     student_body = torch.compile(student.model) if args.compile else student.model
     teacher_body = teacher.model if needs_teacher else None
     if args.compile and needs_teacher:
         teacher_body = torch.compile(teacher.model)
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        """input_ids and labels (B, S), and with a cache what the teacher said about them."""
+        tensors = data.batch(step, args.batch_size, args.seed)
+        if cache is None:
+            return tensors
+        return *tensors, *cache.take(data.window_ids(step, args.batch_size, args.seed))
+
+    batch_of = Ahead(batch, args.steps, device)
     # 4. Optimizer.
     optimizer = Optimizer(student, args)
     # 5. Resume, if asked to.
@@ -145,22 +165,22 @@ def main(args) -> dict:
     )
     # 6. Train.
     for step in run.steps():
-        input_ids, labels = data.batch(step, args.batch_size, args.seed)  # (B, S) each
-        tensors = (input_ids, labels)
-        if cache is not None:
-            tensors += cache.take(data.window_ids(step, args.batch_size, args.seed))
+        tensors = batch_of(step)
+        labels = tensors[1]
         loss = torch.zeros((), device=device)
         for ids, targets, *cached, share in microbatches(tensors, (labels != -100).float(), parts):
-            ids, targets = ids.to(device), targets.to(device)
+            ids, targets, *cached = (
+                tensor.to(device, non_blocking=True) for tensor in (ids, targets, *cached)
+            )
             with autocast(device, args.dtype):
                 student_hidden = student_body(ids)  # (B, S, D)
                 teacher_says = None
                 if cached:
-                    teacher_says = cache.teacher(*(field.to(device) for field in cached))
+                    teacher_says = cache.teacher(*cached)
                 elif needs_teacher:
                     with torch.no_grad():
                         teacher_says = HiddenTeacher(teacher_body(ids), teacher.lm_head.weight)
-                part = share.to(device) * compute_loss(
+                part = share * compute_loss(
                     student_hidden,
                     student.lm_head.weight,
                     teacher_says,

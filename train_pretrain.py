@@ -20,7 +20,17 @@ from dataset.packing import PackedText
 from distill import weighted_cross_entropy
 from eval.metrics import evaluate
 from model import make_or_load, save_model
-from run import Optimizer, Run, autocast, command_line, microbatches, place, setup
+from run import (
+    Ahead,
+    Optimizer,
+    Run,
+    autocast,
+    command_line,
+    microbatches,
+    place,
+    settle_speed,
+    setup,
+)
 from run.flags import add_common_flags, new_parser
 
 EVAL, FINAL_EVAL = 100, 400  # held-out windows of the evaluations during training and at the end
@@ -53,8 +63,10 @@ def main(args) -> dict:
     # 2. Data: windows of one long token stream; whole documents are held out.
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
     held_out = PackedText(args.data, "val", args.seq_len)
+    batch_of = Ahead(lambda step: text.batch(step, args.batch_size, args.seed), args.steps, device)
     # 3. Model.
     student = place(make_or_load(args.model, text.vocab_size), device, args)
+    settle_speed(args, device, student)
     forward = torch.compile(student) if args.compile else student
     # 4. Optimizer: Muon and AdamW; the schedule is warm-up and cosine.
     optimizer = Optimizer(student, args)
@@ -62,15 +74,15 @@ def main(args) -> dict:
     run = Run(args, student, optimizer, device, lambda out: save_model(student, out, args.data))
     # 6. Train.
     for step in run.steps():
-        input_ids, labels = text.batch(step, args.batch_size, args.seed)  # (B, S) each
+        input_ids, labels = batch_of(step)  # (B, S) each
         valid = torch.ones_like(labels, dtype=torch.float32)
         loss = torch.zeros((), device=device)
         for ids, targets, share in microbatches(
             (input_ids, labels), valid, args.accumulation_steps
         ):
             with autocast(device, args.dtype):
-                logits = forward(ids.to(device))  # (B, S, V)
-            part = compute_loss(logits, targets.to(device)) * share.to(device)
+                logits = forward(ids.to(device, non_blocking=True))  # (B, S, V)
+            part = share * compute_loss(logits, targets.to(device, non_blocking=True))
             part.backward()
             loss += part.detach()
         rate = optimizer.step(step)

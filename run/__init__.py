@@ -1,14 +1,16 @@
 """What every run does alike: device, seed, schedule, optimizer, checkpoint and resume, log."""
 
-from .batches import microbatches
+from .batches import Ahead, microbatches
 from .files import command_line
 from .flags import add_common_flags, new_parser
 from .folder import Run
 from .optim import Optimizer
 from .setup import autocast, setup
 from .shards import place
+from .speed import settle_speed
 
 __all__ = [
+    "Ahead",
     "Optimizer",
     "Run",
     "add_common_flags",
@@ -17,5 +19,6 @@ __all__ = [
     "microbatches",
     "new_parser",
     "place",
+    "settle_speed",
     "setup",
 ]

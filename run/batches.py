@@ -1,7 +1,9 @@
-"""Cutting a batch into micro-batches without changing its loss or gradient."""
+"""Batches made ahead of time, and cut into micro-batches without changing loss or gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from . import parallel
@@ -38,10 +40,37 @@ def pieces_of(tensors, weights: Tensor, parts: int, rank: int, processes: int) -
     for *pieces, weight in zip(*chunks, strict=True):
         end = length_in_use(weight)
         if end:
-            yield (*(piece[:, :end] for piece in pieces), weight.sum() / total)
+            yield (*(piece[:, :end] for piece in pieces), float(weight.sum() / total))
 
 
 def length_in_use(weights: Tensor) -> int:
     """Columns of weights (B, S) up to the last one that is not all zero."""
     columns = (weights > 0).any(0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 0
+
+
+class Ahead:
+    """Makes the next step's tensors in a thread, while this step's are computed with.
+
+    make(step) -> a tuple of CPU tensors that depend on the step alone. For CUDA they are pinned,
+    so that .to(device, non_blocking=True) does not wait for the copy.
+    """
+
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], steps: int, device: torch.device):
+        self.make, self.steps, self.pin = make, steps, device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1)
+        self.coming: tuple = (None, None)  # a step, and the future of its tensors
+
+    def prepare(self, step: int) -> tuple[Tensor, ...]:
+        tensors = self.make(step)
+        return tuple(tensor.pin_memory() for tensor in tensors) if self.pin else tensors
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        """The tensors of `step`."""
+        expected, future = self.coming
+        if expected != step:  # the first step of this process
+            future = self.thread.submit(self.prepare, step)
+        tensors = future.result()
+        if step + 1 < self.steps:
+            self.coming = (step + 1, self.thread.submit(self.prepare, step + 1))
+        return tensors

@@ -21,9 +21,13 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the forward pass; auto is bfloat16 on CUDA, float32 elsewhere",
+        help="of the forward pass; auto measures which is faster here",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the models")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the models; left out, where a run is long enough for it to pay",
+    )
     group.add_argument(
         "--fsdp", action="store_true", help="with torchrun: shard the models over the processes"
     )

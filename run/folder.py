@@ -4,7 +4,7 @@
     best/                                                 the same, of the lowest held-out loss
     log.csv                                               one row per logged step
     run.json                                              what ran, where, and what came out
-    resume/state.pt                                       only while the run is unfinished
+    resume/                                               only while the run is unfinished
 
 `resume/state.pt` holds everything that the next step depends on: weights, optimizer, step, best
 loss and the log so far. Batches depend on (data, seed, step) alone, so the data position is the
@@ -36,6 +36,15 @@ LOG_EVERY = 10
 bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
+
+
+def earlier_flags(out) -> dict:
+    """The flags of the run in folder `out`, finished or not; empty where there is none."""
+    for name, key in (("run.json", "args"), ("resume/flags.json", None)):
+        if (Path(out) / name).is_file():
+            content = read_json(Path(out) / name)
+            return content.get(key, {}) if key else content
+    return {}
 
 
 class Run:
@@ -78,8 +87,9 @@ class Run:
             if parallel.is_main():
                 record.unlink(missing_ok=True)
                 shutil.rmtree(self.out / "resume", ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
         parallel.barrier()  # nothing is written before all processes have read
+        if parallel.is_main():
+            write_json(self.out / "resume" / "flags.json", self.flags)
 
     def check_same_flags(self, before: dict) -> None:
         for name, value in self.flags.items():

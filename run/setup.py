@@ -86,9 +86,7 @@ def available_cores() -> int:
 
 def autocast(device: torch.device, dtype: str):
     """A context for forward passes in --dtype; master weights and losses stay float32."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "float32":
+    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
