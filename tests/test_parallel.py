@@ -24,13 +24,14 @@ from run import batches, parallel
 from run.files import read_json
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "20", "--batch_size", "6", "--seq_len", "32", "--eval_every", "10"]
+SMALL = ["--steps", "20", "--batch_size", "7", "--seq_len", "32", "--eval_every", "10"]
 SMALL += ["--warmup", "2", "--device", "cpu", "--learning_rate", "0.001"]
 ADAMW = ["--optimizer", "adamw"]
 NO_CLIP = [*ADAMW, "--grad_clip", "0", "--learning_rate", "0.1"]
 SHORT = [*ADAMW, "--steps", "12", "--eval_every", "4"]
-# name: (script and data, flags, what is done to the run). A batch of 6 conversations in 4 pieces
-# gives two processes 3 each, of other lengths; an epoch of them ends in a smaller batch.
+ABSURD = ["--learning_rate", "3", "--steps", "99", "--eval_every", "2", "--patience", "2"]
+# name: (script and data, flags, what is done to the run). Of a batch of 7 conversations one process
+# gets 4 pieces, the other 3, of other lengths and masks.
 JOBS = {
     "pretrain": ("pretrain", ADAMW, ""),
     "pretrain_fsdp": ("pretrain", [*ADAMW, "--fsdp"], ""),
@@ -47,6 +48,7 @@ JOBS = {
     "killed": ("pretrain", SHORT, "kill"),
     "whole_fsdp": ("pretrain", [*SHORT, "--fsdp"], ""),
     "killed_fsdp": ("pretrain", [*SHORT, "--fsdp"], "kill"),
+    "patience": ("pretrain", [*SHORT, *ABSURD], ""),
     "elsewhere": ("pretrain", [*SHORT, "--fsdp"], "kill for good"),
 }
 DRIVER = """
@@ -243,10 +245,15 @@ def test_one_process_writes_and_prints(two):
     record = read_json(folder / "pretrain_fsdp" / "run.json")
     assert record["processes"] == 2
     assert record["parameters"] == load_model(folder / "pretrain").num_parameters()
-    assert record["tokens"] == 20 * 6 * 32
+    assert record["tokens"] == 20 * 7 * 32
     assert result.stdout.count("/pretrain_fsdp: val_loss") == 1
     assert result.stdout.count("resuming after step 8") == 2  # one of each kind
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_patience_ends_all_processes(two):
+    record = read_json(two[0] / "patience" / "run.json")
+    assert record["steps"] == record["best_step"] + 2 * 2 < 99
 
 
 # Rows and pieces, without processes.
