@@ -30,8 +30,7 @@ store = None  # the key-value store of torchrun, which outlives a process that f
 def start() -> None:
     """Meet the processes that torchrun started, if it did."""
     global store
-    alone = "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone or store is not None:
+    if store is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         return
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))

@@ -28,7 +28,8 @@ SMALL = ["--steps", "20", "--batch_size", "7", "--seq_len", "32", "--eval_every"
 SMALL += ["--warmup", "2", "--device", "cpu", "--learning_rate", "0.001"]
 ADAMW = ["--optimizer", "adamw"]
 NO_CLIP = [*ADAMW, "--grad_clip", "0", "--learning_rate", "0.1"]
-SHORT = [*ADAMW, "--steps", "12", "--eval_every", "4"]
+SHORT_MUON = ["--steps", "12", "--eval_every", "4"]
+SHORT = [*ADAMW, *SHORT_MUON]
 ABSURD = ["--learning_rate", "3", "--steps", "99", "--eval_every", "2", "--patience", "2"]
 # name: (script and data, flags, what is done to the run). Of a batch of 7 conversations one process
 # gets 4 pieces, the other 3, of other lengths and masks.
@@ -46,8 +47,8 @@ JOBS = {
     "cached": ("distill", [*ADAMW, "--cache_teacher"], ""),
     "whole": ("pretrain", SHORT, ""),
     "killed": ("pretrain", SHORT, "kill"),
-    "whole_fsdp": ("pretrain", [*SHORT, "--fsdp"], ""),
-    "killed_fsdp": ("pretrain", [*SHORT, "--fsdp"], "kill"),
+    "whole_fsdp": ("pretrain", [*SHORT_MUON, "--fsdp"], ""),
+    "killed_fsdp": ("pretrain", [*SHORT_MUON, "--fsdp"], "kill"),
     "patience": ("pretrain", [*SHORT, *ABSURD], ""),
     "elsewhere": ("pretrain", [*SHORT, "--fsdp"], "kill for good"),
 }
@@ -221,6 +222,13 @@ def test_two_processes_equal_two_microbatches_to_the_bit(one, two, monkeypatch):
 
     monkeypatch.setattr(train_pretrain, "microbatches", hands)
     assert farthest(one("muon"), two[0] / "muon") == 0.0
+
+
+def test_muon_on_sharded_matrices(one, two):
+    """Its sums are in bfloat16, and here in another order: close, not equal."""
+    single, double = one("whole_fsdp"), two[0] / "whole_fsdp"
+    assert losses(double) == pytest.approx(losses(single), abs=1e-3)
+    assert farthest(single, double) < 2e-3
 
 
 @pytest.mark.parametrize("kind", ["", "_fsdp"])
