@@ -143,7 +143,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return
-    vector = total(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = vector.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
+    vector = torch.cat([gradient.flatten() for gradient in gradients])
+    with meeting():
+        dist.all_reduce(vector)
+    for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
