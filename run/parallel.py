@@ -30,8 +30,7 @@ store = None  # the key-value store of torchrun, which outlives a process that f
 def start() -> None:
     """Meet the processes that torchrun started, if it did."""
     global store
-    alone = "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone or store is not None:
+    if store is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         return
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -134,7 +133,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return
-    vector = total(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = vector.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
+    vector = torch.cat([gradient.flatten() for gradient in gradients])
+    with meeting():
+        dist.all_reduce(vector)
+    for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -25,13 +25,15 @@ from run import batches, parallel
 from run.files import read_json
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "20", "--batch_size", "6", "--seq_len", "32", "--eval_every", "10"]
+SMALL = ["--steps", "20", "--batch_size", "7", "--seq_len", "32", "--eval_every", "10"]
 SMALL += ["--warmup", "2", "--device", "cpu", "--learning_rate", "0.001"]
 ADAMW = ["--optimizer", "adamw"]
 NO_CLIP = [*ADAMW, "--grad_clip", "0", "--learning_rate", "0.1"]
-SHORT = [*ADAMW, "--steps", "12", "--eval_every", "4"]
-# name: (script and data, flags, what is done to the run). A batch of 6 conversations in 4 pieces
-# gives two processes 3 each, of other lengths; an epoch of them ends in a smaller batch.
+SHORT_MUON = ["--steps", "12", "--eval_every", "4"]
+SHORT = [*ADAMW, *SHORT_MUON]
+ABSURD = ["--learning_rate", "3", "--steps", "99", "--eval_every", "2", "--patience", "2"]
+# name: (script and data, flags, what is done to the run). Of a batch of 7 conversations one process
+# gets 4 pieces, the other 3, of other lengths and masks.
 JOBS = {
     "pretrain": ("pretrain", ADAMW, ""),
     "pretrain_fsdp": ("pretrain", [*ADAMW, "--fsdp"], ""),
@@ -46,8 +48,9 @@ JOBS = {
     "cached": ("cached", ADAMW, ""),
     "whole": ("pretrain", SHORT, ""),
     "killed": ("pretrain", SHORT, "kill"),
-    "whole_fsdp": ("pretrain", [*SHORT, "--fsdp"], ""),
-    "killed_fsdp": ("pretrain", [*SHORT, "--fsdp"], "kill"),
+    "whole_fsdp": ("pretrain", [*SHORT_MUON, "--fsdp"], ""),
+    "killed_fsdp": ("pretrain", [*SHORT_MUON, "--fsdp"], "kill"),
+    "patience": ("pretrain", [*SHORT, *ABSURD], ""),
     "elsewhere": ("pretrain", [*SHORT, "--fsdp"], "kill for good"),
 }
 DRIVER = """
@@ -227,6 +230,13 @@ def test_two_processes_equal_two_microbatches_to_the_bit(one, two, monkeypatch):
     assert farthest(one("muon"), two[0] / "muon") == 0.0
 
 
+def test_muon_on_sharded_matrices(one, two):
+    """Its sums are in bfloat16, and here in another order: close, not equal."""
+    single, double = one("whole_fsdp"), two[0] / "whole_fsdp"
+    assert losses(double) == pytest.approx(losses(single), abs=1e-3)
+    assert farthest(single, double) < 2e-3
+
+
 @pytest.mark.parametrize("kind", ["", "_fsdp"])
 def test_a_killed_run_resumes_to_the_same_bits(kind, two):
     folder, _ = two
@@ -249,10 +259,15 @@ def test_one_process_writes_and_prints(two):
     record = read_json(folder / "pretrain_fsdp" / "run.json")
     assert record["processes"] == 2
     assert record["parameters"] == load_model(folder / "pretrain").num_parameters()
-    assert record["tokens"] == 20 * 6 * 32
+    assert record["tokens"] == 20 * 7 * 32
     assert result.stdout.count("/pretrain_fsdp: val_loss") == 1
     assert result.stdout.count("resuming after step 8") == 2  # one of each kind
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_patience_ends_all_processes(two):
+    record = read_json(two[0] / "patience" / "run.json")
+    assert record["steps"] == record["best_step"] + 2 * 2 < 99
 
 
 # Rows and pieces, without processes.
