@@ -1,0 +1,216 @@
+"""Speed that must not change a result: batches made ahead are the same batches, the measurement
+that chooses precision and compilation leaves no trace, and a resumed run keeps the choice. And the
+benchmark counts what it says."""
+
+import argparse
+import csv
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from eval import benchmark
+from model import ModelConfig, Transformer
+from run import speed
+from run.batches import Ahead
+from run.files import write_json
+from run.speed import measure, settle_speed
+
+CPU = torch.device("cpu")
+
+
+# Batches ahead of time.
+
+
+def test_batches_ahead_are_the_batches_in_order():
+    made = []
+
+    def make(step):
+        made.append((step, threading.current_thread()))
+        return (torch.tensor(step), torch.tensor(step * step))
+
+    batch_of = Ahead(make, 7, CPU)
+    assert [tuple(map(int, batch_of(step))) for step in range(3, 7)] == [
+        (step, step * step) for step in range(3, 7)
+    ]
+    assert [step for step, _ in made] == [3, 4, 5, 6]  # each once, none after the last
+    assert threading.main_thread() not in [thread for _, thread in made]
+
+
+def test_the_next_batch_is_made_while_this_one_is_used():
+    begun = threading.Event()
+
+    def make(step):
+        if step == 1:
+            begun.set()
+        return (torch.tensor(step),)
+
+    batch_of = Ahead(make, 2, CPU)
+    batch_of(0)
+    assert begun.wait(timeout=10)
+
+
+def test_an_error_in_making_a_batch_comes_with_its_step():
+    def make(step):
+        if step == 1:
+            raise ValueError("line 7 is broken")
+        return (torch.tensor(step),)
+
+    batch_of = Ahead(make, 3, CPU)
+    batch_of(0)
+    with pytest.raises(ValueError, match="line 7 is broken"):
+        batch_of(1)
+
+
+# Precision and compilation.
+
+
+def model(size="nano"):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig.preset(size, 64))
+
+
+def flags(tmp_path, **more):
+    values = dict(
+        out=tmp_path, resume=False, dtype="auto", compile=None, steps=10, batch_size=4, seq_len=32
+    )
+    return argparse.Namespace(**{**values, **more})
+
+
+@pytest.mark.parametrize(
+    "times, dtype",
+    [
+        ({"float32": 1.0, "bfloat16": 0.5}, "bfloat16"),
+        ({"float32": 1.0, "bfloat16": 0.95}, "float32"),  # too near to tell apart
+        ({"float32": 1.0, "bfloat16": 2.0}, "float32"),
+        ({"float32": 1.0}, "float32"),
+    ],
+)
+def test_the_faster_precision_is_taken(tmp_path, monkeypatch, capsys, times, dtype):
+    monkeypatch.setattr(speed, "measure", lambda *_: times)
+    args = flags(tmp_path)
+    settle_speed(args, CPU, None)
+    assert args.dtype == dtype and args.compile is False
+    assert f"--dtype {dtype} --no-compile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, compiles", [(100, False), (10_000, True)])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_compiled_where_the_run_is_long_enough(tmp_path, monkeypatch, steps, compiles, compiler):
+    """0.25 s for 512 tokens, 128 tokens a step: 6 s of training or 10 minutes and more."""
+    monkeypatch.setattr(speed, "measure", lambda *_: {"float32": 0.25})
+    monkeypatch.setattr(speed, "compiler_for", lambda device: compiler)
+    args = flags(tmp_path, steps=steps)
+    settle_speed(args, CPU, None)
+    assert args.compile is (compiles and compiler)
+
+
+def test_what_the_user_says_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "measure", lambda *_: 1 / 0)
+    args = flags(tmp_path, dtype="bfloat16", compile=True)
+    settle_speed(args, CPU, None)
+    assert (args.dtype, args.compile) == ("bfloat16", True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "resume/flags.json"])
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(speed, "measure", lambda *_: 1 / 0)
+    kept = {"dtype": "bfloat16", "compile": True}
+    write_json(tmp_path / name, {"args": kept} if name == "run.json" else kept)
+    args = flags(tmp_path, resume=True)
+    settle_speed(args, CPU, None)
+    assert (args.dtype, args.compile) == ("bfloat16", True)
+
+
+def test_the_measurement_leaves_no_trace(tmp_path):
+    student, args = model(), flags(tmp_path)
+    before = [parameter.clone() for parameter in student.parameters()]
+    state = torch.get_rng_state()
+    times = measure(args, CPU, student)
+    assert set(times) == {"float32"} and 0 < times["float32"] < 60
+    assert torch.equal(torch.get_rng_state(), state)
+    for parameter, earlier in zip(student.parameters(), before, strict=True):
+        assert parameter.grad is None and torch.equal(parameter, earlier)
+
+
+def test_large_models_are_measured_in_both_precisions(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 1000)
+    assert set(measure(flags(tmp_path), CPU, model())) == {"float32", "bfloat16"}
+    assert set(measure(flags(tmp_path, dtype="bfloat16"), CPU, model())) == {"bfloat16"}
+
+
+# The benchmark.
+
+
+def test_flops_are_those_of_the_matrices():
+    """Every weight of a matrix multiplies once a token and a multiply-add is two operations."""
+    config = ModelConfig.preset("mini", 64)
+    weights = sum(
+        module.in_features * module.out_features
+        for module in Transformer(config).modules()
+        if isinstance(module, nn.Linear)
+    )
+    assert benchmark.flops_per_token(config, 2, 0) == 2 * weights
+    # Causal attention: on average S / 2 keys a query, two products (q k and p v), L layers.
+    heads = config.num_attention_heads * config.head_dim
+    attention = config.num_hidden_layers * 2 * (2 * heads * 100 / 2)
+    assert benchmark.flops_per_token(config, 2, 100) == 2 * weights + attention
+    assert benchmark.flops_per_token(config, 6, 100) == 3 * (2 * weights + attention)
+
+
+def test_turns_are_timed_by_the_median(monkeypatch):
+    naps = iter([0, 0, 0, 0, 0, 0] + [0.05, 0.01, 0.001, 0.01, 0.05, 0.01])
+    order = []
+
+    def step(name, tokens):
+        def run():
+            order.append(name)
+            time.sleep(next(naps))
+            return tokens
+
+        return run
+
+    variants = {"slow": step("slow", 10), "fast": step("fast", 20)}
+    results = benchmark.take_turns(variants, 3, CPU, "test")
+    assert order[6:] == ["slow", "fast"] * 3
+    assert results["slow"]["tokens"] == 10 and results["fast"]["tokens"] == 20
+    assert 0.04 < results["slow"]["seconds"] < 0.3 and 0.009 < results["fast"]["seconds"] < 0.04
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "B", 2)
+    monkeypatch.setattr(benchmark, "S", 16)
+    monkeypatch.setattr(
+        benchmark,
+        "GROUPS",
+        {
+            "pretraining": (benchmark.pretraining, ("nano",), 1),
+            "distillation": (benchmark.distillation, ("nano<nano",), 1),
+        },
+    )
+    argv = ["--no-compile", "--device", "cpu", "--out", str(tmp_path / "a.csv")]
+    rows = benchmark.main(benchmark.parse_args(argv))
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert [row["variant"] for row in written] == [row["variant"] for row in rows]
+    assert {"plain", "fused", "fused, cached top 64", "no teacher"} <= {r["variant"] for r in rows}
+    assert float(written[0]["ratio"]) == 1.0
+    for row in written:
+        assert float(row["tokens_per_second"]) == pytest.approx(32 / float(row["seconds"]), rel=0.1)
+    assert "plain" in capsys.readouterr().out
+    argv[-1:] = [str(tmp_path / "b.csv"), "--against", str(tmp_path / "a.csv")]
+    benchmark.main(benchmark.parse_args(argv))
+    assert capsys.readouterr().out.count("of before (ratio") == len(rows)
+
+
+def test_bad_benchmark_flags(tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    for words, message in (
+        (["--against", str(tmp_path / "bad.csv")], "bad.csv is not a CSV of this benchmark"),
+        (["--against", "nowhere.csv"], "nowhere.csv is not a CSV"),
+        (["--only", "generation", "--size", "huge"], "--size huge is no size of group generation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark.main(benchmark.parse_args([*words, "--device", "cpu"]))
