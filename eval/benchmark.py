@@ -24,6 +24,7 @@ import contextlib
 import csv
 import ctypes
 import gc
+import os
 import statistics
 import sys
 import time
@@ -307,7 +308,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(args) -> list[dict]:
     keep_freed_memory()
-    torch.set_num_threads(available_cores())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(available_cores())
     device = choose_device(args.device)
     earlier = read_results(args.against) if args.against else {}
     compiles = args.compile and compiler_for(device)
@@ -323,7 +325,7 @@ def main(args) -> list[dict]:
             if args.peers and group == "distillation":
                 from eval.peers import peer_variants  # needs requirements-bench.txt
 
-                variants |= peer_variants(size, device)
+                variants |= peer_variants(size, B, S, device)
             results = take_turns(variants, rounds, device, f"{group} {size}")
             base = None
             for variant, got in results.items():

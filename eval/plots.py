@@ -17,73 +17,24 @@ matplotlib.use("Agg")  # draws to files; no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from eval.experiments.common import read_rows
+from eval.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    LOSS_LABEL,
+    ORANGE,
+    RED,
+    by_arm,
+    finish,
+    parameters,
+    points,
+    references,
+    rows_of,
+    seeds_of,
+    spread,
+)
 from run.files import atomic_path, command_line
 from run.flags import new_parser
-
-# Okabe & Ito's colours, distinct for every kind of colour vision; shapes tell them apart in grey.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-LOSS_LABEL = "held-out loss (nats per token)"
-
-
-def rows_of(results: Path, name: str) -> list[dict]:
-    return read_rows(Path(results) / name / "results.csv")
-
-
-def spread(rows: list[dict], column: str) -> tuple[float, float, float]:
-    """Mean, lowest and highest of a column."""
-    values = [float(row[column]) for row in rows]
-    return float(np.mean(values)), min(values), max(values)
-
-
-def by_arm(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows grouped by arm, in the order of the file."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["arm"], []).append(row)
-    return groups
-
-
-def points(axis, x, groups: list[list[dict]], column="val_loss", **style) -> list[float]:
-    """Draw mean and range of every group at its x; returns the means."""
-    stats = np.array([spread(rows, column) for rows in groups])
-    style = {"linewidth": 1.8, "capsize": 4, "markersize": 7, **style}
-    errors = [stats[:, 0] - stats[:, 1], stats[:, 2] - stats[:, 0]]
-    axis.errorbar(x, stats[:, 0], yerr=errors, **style)
-    return stats[:, 0].tolist()
-
-
-def references(axis, results: Path, arms=("plain", "teacher")) -> dict[str, float]:
-    """Lines for the teacher and the plain student, with their range shaded; returns the means."""
-    means = {}
-    groups = by_arm(rows_of(results, "headline"))
-    for arm, colour, dashes, label in (
-        ("plain", RED, "--", "plain student (no teacher)"),
-        ("teacher", GREY, ":", "teacher"),
-    ):
-        if arm in groups and arm in arms:
-            mean, low, high = spread(groups[arm], "val_loss")
-            axis.axhline(mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
-            axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-            means[arm] = mean
-    return means
-
-
-def finish(axis, title: str, xlabel: str, ylabel: str) -> None:
-    axis.set_title(title, fontsize=11, loc="left")
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def seeds_of(rows: list[dict]) -> str:
-    count = len({row["seed"] for row in rows})
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
-def parameters(row: dict, column: str) -> str:
-    return f"{float(row[column]) / 1e6:.1f}M"
 
 
 def draw_temperature(results: Path, figure) -> None:
@@ -270,6 +221,43 @@ def draw_reasoning(results: Path, figure) -> None:
     finish(axis, title, "steps of the problem", "exact answers (% of held-out problems)")
 
 
+def draw_cache(results: Path, figure) -> None:
+    groups = by_arm(rows_of(results, "cache"))
+    left, right = figure.subplots(1, 2)
+    kinds = (
+        ("top", ORANGE, "s", "top k and a tail"),
+        ("sample", BLUE, "o", "sample of k"),
+        ("hidden", GREEN, "^", "hidden state"),
+    )
+    losses, biases = {}, {}
+    for kind, colour, marker, label in kinds:
+        arms = [group for arm, group in groups.items() if arm.split()[0] == kind]
+        sizes = [float(group[0]["bytes_per_token"]) for group in arms]
+        style = {"color": colour, "marker": marker, "label": label}
+        losses[kind] = points(left, sizes, arms, **style)
+        biases[kind] = points(right, sizes, arms, column="gradient_bias", **style)
+        if kind == "sample":
+            style.update(linestyle=":", markerfacecolor="white", label="sample of k: a single draw")
+            points(right, sizes, arms, column="gradient_error", **style)
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.legend(loc="best", framealpha=0.9, edgecolor="none", fontsize=9)
+    right.set_yscale("log")
+    ticks = sorted({float(group[0]["bytes_per_token"]) for group in groups.values()})
+    for axis in (left, right):
+        axis.set_xticks(ticks, [f"{size:g}" for size in ticks])
+    gaps = {kind: max(values) - losses["hidden"][0] for kind, values in losses.items()}
+    seeds = seeds_of([row for group in groups.values() for row in group])
+    title = f"With 4 numbers a token the student loses\n{gaps['top']:.3f} nats (top) or "
+    title += f"{gaps['sample']:.3f} (sample); {seeds}"
+    finish(left, title, "bytes a token (log scale)", LOSS_LABEL)
+    ratio = biases["top"][0] / biases["sample"][0]
+    title = (
+        f"The mean of 32 samples is {ratio:.0f} times nearer to\nthe true gradient than the top 4"
+    )
+    finish(right, title, "bytes a token (log scale)", "|gradient - exact| / |exact| (log scale)")
+
+
 PICTURES: dict[str, tuple[Callable, tuple[float, float]]] = {
     "temperature": (draw_temperature, (7, 4.5)),
     "teacher_size": (draw_teacher_size, (7, 4.5)),
@@ -278,6 +266,7 @@ PICTURES: dict[str, tuple[Callable, tuple[float, float]]] = {
     "data_share": (draw_data_share, (7.5, 4.5)),
     "soft_labels": (draw_soft_labels, (11, 4.2)),
     "reasoning": (draw_reasoning, (8, 5)),
+    "cache": (draw_cache, (11, 4.5)),
 }
 
 

@@ -16,7 +16,7 @@ import train_pretrain
 from dataset.problems import make_problems
 from dataset.tokenizer import encode_tagged, load_tokenizer
 from eval import chat, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import common, jobs, scales
+from eval.experiments import cache, common, jobs, scales
 from eval.experiments.jobs import Job
 from eval.metrics import evaluate
 from model import ModelConfig, Transformer
@@ -133,12 +133,15 @@ def reproduced(prepared_folder, tmp_path_factory):
         return dataclasses.replace(job, flags=(*job.flags, ("keep", "all")))
 
     patch.setattr(experiment, "traces_job", keep_all)
+    for name, value in (("KEPT", (4,)), ("SEEDS", 1), ("DRAWS", 4), ("WINDOWS", 4)):
+        patch.setattr(cache, name, value)
+    common.run_experiments([cache.experiment(TINY)], place / "out" / "tiny" / "results")
     reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
     yield place / "out" / "tiny"
     patch.undo()
 
 
-NAMES = ("headline", "temperature", "alpha", "teacher_size", "data_share", "optimizer", "reasoning")
+NAMES = "headline temperature alpha teacher_size data_share optimizer reasoning cache".split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +165,20 @@ def test_rows_are_those_of_the_runs(reproduced):
     assert float(distilled["val_loss"]) == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
     assert float(distilled["kl"]) == pytest.approx(record["metrics"]["kl"], rel=1e-4)
     assert int(distilled["tokens"]) == 4 * 2 * 32
+
+
+def test_what_a_cache_costs_and_loses(reproduced):
+    rows = {r["arm"]: r for r in common.read_rows(reproduced / "results" / "cache" / "results.csv")}
+    assert {arm: float(row["bytes_per_token"]) for arm, row in rows.items()} == {
+        "hidden": 128,
+        "top 4": 18,
+        "sample 4": 18,
+    }
+    error = {arm: float(row["gradient_error"]) for arm, row in rows.items()}
+    bias = {arm: float(row["gradient_bias"]) for arm, row in rows.items()}
+    assert error["hidden"] == bias["hidden"] < 0.01
+    assert error["top 4"] == bias["top 4"] > 0.01  # no chance in it: all of its error is bias
+    assert 0.01 < bias["sample 4"] < 0.8 * error["sample 4"]  # four draws: about a half
 
 
 def test_pictures_and_report(reproduced):

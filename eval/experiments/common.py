@@ -59,16 +59,18 @@ def pretrained(scale: Scale, size: str, seed: int, share: float = 1.0, **more) -
     return Job("train_pretrain", f"{root(scale)}/runs/{name}", flags)
 
 
-def teacher_cache(scale: Scale, teacher: Job) -> Job:
-    """What the teacher says about all windows, in a file."""
+def teacher_cache(scale: Scale, teacher: Job, method: str = "hidden", k: int = 0) -> Job:
+    """What the teacher says about all windows, in a file; k numbers a token, or hidden states."""
     flags = (
         ("teacher", teacher.out),
         ("data", data_folder(scale)),
-        ("method", "hidden"),
+        ("method", method),
+        *((("k", k),) if k else ()),
         ("seq_len", scale.seq_len),
         ("data_share", scale.text_share),
     )
-    return Job("dataset.cache_teacher", f"{teacher.out}/hidden.cache", flags, (teacher,))
+    name = method + (str(k) if k else "")
+    return Job("dataset.cache_teacher", f"{teacher.out}/{name}.cache", flags, (teacher,))
 
 
 def distilled(
@@ -78,16 +80,18 @@ def distilled(
     alpha: float = 0.5,
     share: float = 1.0,
     teacher_size: str | None = None,
+    cache: Job | None = None,
 ) -> Job:
     """The student distilled from a teacher of the same seed.
 
-    The reference teacher has many students: they read its hidden states from a file. A teacher with
-    a single student is run live.
+    The reference teacher has many students: they read its hidden states from a file, or what else
+    `cache` has kept. A teacher with a single student is run live.
     """
     size = teacher_size or scale.teacher
     teacher = pretrained(scale, size, seed)
     name = f"distilled-{size}-to-{scale.student}-T{temperature:g}-a{alpha:g}-s{seed}"
     name += f"-share{share:g}" if share != 1 else ""
+    name += f"-{Path(cache.out).stem}" if cache else ""
     flags = (
         ("teacher", teacher.out),
         ("student", scale.student),
@@ -97,7 +101,7 @@ def distilled(
     )
     needs = (teacher,)
     if size == scale.teacher:
-        cache = teacher_cache(scale, teacher)
+        cache = cache or teacher_cache(scale, teacher)
         flags += (("teacher_cache", cache.out),)
         needs += (cache,)
     return Job("train_distillation", f"{root(scale)}/runs/{name}", flags, needs)

@@ -1,0 +1,78 @@
+"""What others' code takes for the same distillation step: TRL's GKD trainer.
+
+    python -m pip install -r requirements-bench.txt
+    python -m eval.benchmark --only distillation --peers
+
+GKDTrainer (Agarwal et al. 2023, 2306.13649) with beta = 0 and lmbda = 0 is forward KL on given
+text, which is our alpha = 0. Both models are transformers' Llama of our exact shape. Timed is its
+training_step and an AdamW step: its data loading, logging and checkpointing are left out, which is
+in its favour.
+"""
+
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from model import ModelConfig
+from run.files import write_json
+
+
+def llama(config: ModelConfig):
+    """transformers' Llama of the same shape, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(f"{folder}/config.json", config.to_json())
+        return LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+
+
+def peer_variants(sizes: str, rows: int, sequence: int, device) -> dict[str, Callable[[], int]]:
+    """A GKD step on rows x sequence tokens, vocabulary 1,024. Raises ValueError without TRL."""
+    try:
+        from datasets import Dataset
+        from transformers import PreTrainedTokenizerFast
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+    except ImportError as error:
+        raise ValueError(
+            f"--peers needs {error.name}: python -m pip install -r requirements-bench.txt"
+        ) from None
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    student, teacher = (llama(ModelConfig.preset(size, 1024)) for size in sizes.split("<"))
+    words = {f"w{number}": number for number in range(1024)}  # the trainer asks for a tokenizer
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w0"
+    )
+    input_ids = torch.randint(1, 1024, (rows, sequence), device=device)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": input_ids.clone(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GKDConfig(
+            output_dir=folder, lmbda=0.0, beta=0.0, temperature=1.0, report_to=[], bf16=False,
+            activation_checkpointing=False, use_cpu=device.type == "cpu",
+            per_device_train_batch_size=rows,
+        )  # fmt: skip
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=settings,
+            train_dataset=Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}]),
+            processing_class=tokenizer,
+            data_collator=lambda examples: batch,
+        )
+    trainer.current_gradient_accumulation_steps = 1  # set by its train(), which is not timed
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> int:
+        trainer.model.train()
+        trainer.training_step(trainer.model, dict(batch))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return input_ids.numel()
+
+    return {"TRL GKD, alpha 0": step}
