@@ -126,7 +126,7 @@ def main(args) -> dict:
     device = setup(args)
     # 2. Models first: the student's folder says which tokenizer reads the data.
     student, teacher, tokenizer_folder = open_models(args, device)
-    settle_speed(args, device, student)
+    settle_speed(args, device, student, teacher)
     student_body = torch.compile(student.model, dynamic=True) if args.compile else student.model
     # 3. Data: a conversation's labels are the assistant's words only.
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -173,7 +173,7 @@ def main(args) -> dict:
                 student_hidden = student_body(ids).flatten(0, 1)[chosen]  # (N, D)
                 teacher_says = None
                 if teacher is not None:
-                    with torch.no_grad():
+                    with torch.no_grad(), autocast(device, args.teacher_dtype):
                         teacher_hidden = teacher.model(ids).flatten(0, 1)[chosen]
                         teacher_says = HiddenTeacher(teacher_hidden, teacher.lm_head.weight)
                 part = share * compute_loss(

@@ -142,7 +142,7 @@ def main(args) -> dict:
     if args.teacher_cache and needs_teacher:
         head = teacher.lm_head.weight
         cache = TeacherCache(args.teacher_cache, args.teacher, data, args.temperature, head)
-    settle_speed(args, device, student)
+    settle_speed(args, device, student, None if cache else teacher)
     student_body = torch.compile(student.model) if args.compile else student.model
     teacher_body = teacher.model if needs_teacher else None
     if args.compile and needs_teacher:
@@ -178,7 +178,7 @@ def main(args) -> dict:
                 if cached:
                     teacher_says = cache.teacher(*cached)
                 elif needs_teacher:
-                    with torch.no_grad():
+                    with torch.no_grad(), autocast(device, args.teacher_dtype):
                         teacher_says = HiddenTeacher(teacher_body(ids), teacher.lm_head.weight)
                 part = share * compute_loss(
                     student_hidden,

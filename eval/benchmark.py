@@ -192,10 +192,10 @@ def distillation(sizes: str, device, compiles: bool) -> tuple[Variants, dict[str
     sparse = SparseTeacher(ids.view(B, S, K), kept.exp().view(B, S, K), tail=rest.exp().view(B, S))
     teacher_bodies = {False: teacher.model}
 
-    def teacher_body(compiled):
+    def teacher_body(compiled, dtype="float32"):
         if compiled not in teacher_bodies:
             teacher_bodies[True] = torch.compile(teacher.model)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, dtype):
             return teacher_bodies[compiled](bench.input_ids)
 
     def fused(hidden, says):
@@ -207,6 +207,9 @@ def distillation(sizes: str, device, compiles: bool) -> tuple[Variants, dict[str
         ),
         "fused": lambda hidden, compiled: fused(
             hidden, HiddenTeacher(teacher_body(compiled), head)
+        ),
+        "fused, bfloat16 teacher": lambda hidden, compiled: fused(
+            hidden, HiddenTeacher(teacher_body(compiled, "bfloat16"), head)
         ),
         "fused, cached hidden": lambda hidden, compiled: fused(hidden, HiddenTeacher(cached, head)),
         f"fused, cached top {K}": lambda hidden, compiled: fused(hidden, sparse),

@@ -85,10 +85,12 @@ def available_cores() -> int:
 
 
 def autocast(device: torch.device, dtype: str):
-    """A context for forward passes in --dtype; master weights and losses stay float32."""
-    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """A context for forward passes in --dtype; master weights and losses stay float32.
+
+    It holds inside another such context too. "auto" is bfloat16 on CUDA, float32 elsewhere.
+    """
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
 
 
 def keep_freed_memory() -> None:

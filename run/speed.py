@@ -13,39 +13,89 @@ import shutil
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import parallel
 from .folder import earlier_flags
 from .setup import autocast
 
 SMALLEST_FOR_BFLOAT16 = 1_500_000  # parameters; below it was never faster on a CPU
+SMALLEST_TEACHER = 800_000  # the same for a forward pass alone
 GAIN_NEEDED = 0.9  # of float32's time: a tie must not make two runs of one command differ
 COMPILE_SECONDS, COMPILE_SAVES = 60, 0.1  # what it costs; the least share of a step that it saves
 TOKENS = 512  # of the measurement
 
 
-def settle_speed(args, device: torch.device, student: nn.Module) -> None:
-    """Replace --dtype auto, and a --compile that was left open, by what pays here; say so."""
+def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -> None:
+    """Replace --dtype auto, and a --compile that was left open, by what pays here; say so.
+
+    The teacher's precision is args.teacher_dtype: only its forward pass runs, so it may gain where
+    the student does not. A --dtype that the user names is for both.
+    """
+    args.teacher_dtype = args.dtype
     if args.resume:
         before = earlier_flags(args.out)
-        if args.dtype == "auto":
-            args.dtype = before.get("dtype", "auto")
+        for name in ("dtype", "teacher_dtype"):
+            if vars(args)[name] == "auto":
+                setattr(args, name, before.get(name, "auto"))
         if args.compile is None:
             args.compile = before.get("compile")
-    if args.dtype != "auto" and args.compile is not None:
+    if "auto" not in (args.dtype, args.teacher_dtype) and args.compile is not None:
         return
-    times = measure(args, device, student)
-    if args.dtype == "auto":
-        paying = times.get("bfloat16", float("inf")) < GAIN_NEEDED * times["float32"]
-        args.dtype = "bfloat16" if paying else "float32"
-    left = times[args.dtype] * args.steps * args.batch_size * args.seq_len / TOKENS
+    S = min(args.seq_len, TOKENS)
+    input_ids = torch.arange(TOKENS // S * S, device=device).view(-1, S)
+    input_ids %= student.config.vocab_size
+    told = []
+    args.dtype, seconds = faster(student, input_ids, args.dtype, SMALLEST_FOR_BFLOAT16, told)
+    if teacher is not None:
+        args.teacher_dtype, more = faster(
+            teacher, input_ids, args.teacher_dtype, SMALLEST_TEACHER, told
+        )
+        seconds += more
+    else:
+        args.teacher_dtype = args.dtype
+    left = seconds * args.steps * args.batch_size * args.seq_len / input_ids.numel()
     if args.compile is None:
         args.compile = compiler_for(device) and COMPILE_SAVES * left > COMPILE_SECONDS
     if parallel.is_main():
-        shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
         compiled = "--compile" if args.compile else "--no-compile"
-        print(f"{TOKENS} tokens forward and backward: {shown}: --dtype {args.dtype} {compiled}")
+        print(f"{input_ids.numel()} tokens: {'; '.join(told)}; {compiled}")
+
+
+def faster(model, input_ids, dtype: str, smallest: int, told: list[str]) -> tuple[str, float]:
+    """The precision to use and its seconds, for forward (and backward, where the model learns).
+
+    dtype: "auto", or the only one to time. smallest: parameters from which bfloat16 is tried on a
+    CPU. told: gets a line about it.
+    """
+    device = input_ids.device
+    tried = [dtype] if dtype != "auto" else ["float32"]
+    worth_a_try = device.type == "cuda" or model.num_parameters() >= smallest
+    if dtype == "auto" and device.type != "mps" and worth_a_try:
+        tried.append("bfloat16")
+    times = {name: parallel.of_main(measure(model, input_ids, name)) for name in tried}
+    best = tried[-1] if times[tried[-1]] < GAIN_NEEDED * times[tried[0]] else tried[0]
+    shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    told.append(f"{'student' if learns else 'teacher'} {shown}: {best}")
+    return best, times[best]
+
+
+def measure(model, input_ids: Tensor, dtype: str) -> float:
+    """Seconds for a pass over input_ids (B, S): the faster of two, after one to warm up."""
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    tries = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with autocast(input_ids.device, dtype), torch.set_grad_enabled(learns):
+            logits = model.lm_head(model.model(input_ids))
+        if learns:
+            logits.float().logsumexp(-1).mean().backward()
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        tries.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return min(tries[1:])
 
 
 def compiler_for(device: torch.device) -> bool:
@@ -53,28 +103,3 @@ def compiler_for(device: torch.device) -> bool:
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "cl")))
-
-
-def measure(args, device: torch.device, student: nn.Module) -> dict[str, float]:
-    """Seconds for forward and backward of TOKENS tokens, by precision: the faster of two runs."""
-    S = min(args.seq_len, TOKENS)
-    input_ids = torch.arange(TOKENS // S * S, device=device).view(-1, S)
-    input_ids %= student.config.vocab_size
-    dtypes = [args.dtype] if args.dtype != "auto" else ["float32"]
-    worth_a_try = device.type == "cuda" or student.num_parameters() >= SMALLEST_FOR_BFLOAT16
-    if args.dtype == "auto" and device.type != "mps" and worth_a_try:
-        dtypes.append("bfloat16")
-    seconds = {}
-    for dtype in dtypes:
-        tries = []
-        for _ in range(3):  # the first one warms up
-            started = time.perf_counter()
-            with autocast(device, dtype):
-                logits = student.lm_head(student.model(input_ids))
-            logits.float().logsumexp(-1).mean().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            tries.append(time.perf_counter() - started)
-            student.zero_grad(set_to_none=True)
-        seconds[dtype] = parallel.of_main(min(tries[1:]))
-    return seconds

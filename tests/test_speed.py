@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from eval import benchmark
+from eval import benchmark, costs
 from model import ModelConfig, Transformer
 from run import speed
 from run.batches import Ahead
 from run.files import write_json
+from run.setup import autocast
 from run.speed import measure, settle_speed
 
 CPU = torch.device("cpu")
@@ -79,6 +80,13 @@ def flags(tmp_path, **more):
     return argparse.Namespace(**{**values, **more})
 
 
+def timed(monkeypatch, **seconds):
+    """Let `measure` find these seconds; it is asked for no other precision."""
+    monkeypatch.setattr(speed, "measure", lambda model, ids, dtype: seconds[dtype])
+    monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 0 if "bfloat16" in seconds else 10**9)
+    monkeypatch.setattr(speed, "SMALLEST_TEACHER", 0 if "bfloat16" in seconds else 10**9)
+
+
 @pytest.mark.parametrize(
     "times, dtype",
     [
@@ -89,56 +97,78 @@ def flags(tmp_path, **more):
     ],
 )
 def test_the_faster_precision_is_taken(tmp_path, monkeypatch, capsys, times, dtype):
-    monkeypatch.setattr(speed, "measure", lambda *_: times)
+    timed(monkeypatch, **times)
     args = flags(tmp_path)
-    settle_speed(args, CPU, None)
-    assert args.dtype == dtype and args.compile is False
-    assert f"--dtype {dtype} --no-compile" in capsys.readouterr().out
+    settle_speed(args, CPU, model(), model().requires_grad_(False))
+    assert args.dtype == args.teacher_dtype == dtype and args.compile is False
+    said = capsys.readouterr().out
+    assert "student float32 1000 ms" in said and "teacher float32 1000 ms" in said
+    assert said.strip().endswith(f"{dtype}; --no-compile")
+
+
+def test_student_and_teacher_are_settled_apart(tmp_path, monkeypatch):
+    student, teacher = model(), model().requires_grad_(False)
+    seconds = {(student, "bfloat16"): 3.0, (teacher, "bfloat16"): 0.2}
+    timed(monkeypatch, bfloat16=0)
+    monkeypatch.setattr(speed, "measure", lambda *key: seconds.get((key[0], key[2]), 1.0))
+    args = flags(tmp_path)
+    settle_speed(args, CPU, student, teacher)
+    assert (args.dtype, args.teacher_dtype) == ("float32", "bfloat16")
+    args = flags(tmp_path, dtype="float32")  # what the user names is for both
+    settle_speed(args, CPU, student, teacher)
+    assert (args.dtype, args.teacher_dtype) == ("float32", "float32")
 
 
 @pytest.mark.parametrize("steps, compiles", [(100, False), (10_000, True)])
 @pytest.mark.parametrize("compiler", [True, False])
 def test_compiled_where_the_run_is_long_enough(tmp_path, monkeypatch, steps, compiles, compiler):
     """0.25 s for 512 tokens, 128 tokens a step: 6 s of training or 10 minutes and more."""
-    monkeypatch.setattr(speed, "measure", lambda *_: {"float32": 0.25})
+    timed(monkeypatch, float32=0.25)
     monkeypatch.setattr(speed, "compiler_for", lambda device: compiler)
     args = flags(tmp_path, steps=steps)
-    settle_speed(args, CPU, None)
+    settle_speed(args, CPU, model())
     assert args.compile is (compiles and compiler)
 
 
 def test_what_the_user_says_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "measure", lambda *_: 1 / 0)
     args = flags(tmp_path, dtype="bfloat16", compile=True)
-    settle_speed(args, CPU, None)
-    assert (args.dtype, args.compile) == ("bfloat16", True)
+    settle_speed(args, CPU, model())
+    assert (args.dtype, args.teacher_dtype, args.compile) == ("bfloat16", "bfloat16", True)
 
 
 @pytest.mark.parametrize("name", ["run.json", "resume/flags.json"])
 def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch, name):
     monkeypatch.setattr(speed, "measure", lambda *_: 1 / 0)
-    kept = {"dtype": "bfloat16", "compile": True}
+    kept = {"dtype": "bfloat16", "teacher_dtype": "float32", "compile": True}
     write_json(tmp_path / name, {"args": kept} if name == "run.json" else kept)
     args = flags(tmp_path, resume=True)
-    settle_speed(args, CPU, None)
-    assert (args.dtype, args.compile) == ("bfloat16", True)
+    settle_speed(args, CPU, model(), model())
+    assert {name: vars(args)[name] for name in kept} == kept
 
 
-def test_the_measurement_leaves_no_trace(tmp_path):
-    student, args = model(), flags(tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_measurement_leaves_no_trace(dtype, learns):
+    student = model().requires_grad_(learns)
     before = [parameter.clone() for parameter in student.parameters()]
     state = torch.get_rng_state()
-    times = measure(args, CPU, student)
-    assert set(times) == {"float32"} and 0 < times["float32"] < 60
+    assert 0 < measure(student, torch.arange(32).view(2, 16), dtype) < 60
     assert torch.equal(torch.get_rng_state(), state)
     for parameter, earlier in zip(student.parameters(), before, strict=True):
         assert parameter.grad is None and torch.equal(parameter, earlier)
 
 
-def test_large_models_are_measured_in_both_precisions(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 1000)
-    assert set(measure(flags(tmp_path), CPU, model())) == {"float32", "bfloat16"}
-    assert set(measure(flags(tmp_path, dtype="bfloat16"), CPU, model())) == {"bfloat16"}
+def test_precision_holds_inside_another():
+    """The teacher's float32 inside the student's bfloat16, and the other way round."""
+    a = torch.ones(2, 2)
+    with autocast(CPU, "bfloat16"):
+        assert (a @ a).dtype == torch.bfloat16
+        with autocast(CPU, "float32"):
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, "float32"), autocast(CPU, "bfloat16"):
+        assert (a @ a).dtype == torch.bfloat16
 
 
 # The benchmark.
@@ -214,3 +244,25 @@ def test_bad_benchmark_flags(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             benchmark.main(benchmark.parse_args([*words, "--device", "cpu"]))
+
+
+def test_costs_are_those_of_the_formula(tmp_path):
+    """26M on 0.52B tokens: 6 * 26e6 * 520e6 operations at 0.4 * 989 TFLOP/s are 3.4 minutes."""
+    seconds = 6 * 26e6 * 520e6 / (0.4 * 989e12)
+    assert costs.hours(6 * 26e6 * 520e6, "one H100") == f"{seconds / 60:.0f} min" == "3 min"
+    assert costs.hours(3600 * 60e12 * 0.35 * 5, "laptop GPU") == "5.0 h"
+    assert costs.hours(3600 * 60e12 * 0.35 * 72, "laptop GPU") == "3 d"
+    assert "| 26M     | 7B      | 90.7 " in costs.break_even()  # (6 * 26 + 2 * 7000) / (6 * 26)
+
+
+def test_costs_hold_the_model_against_the_benchmark(tmp_path):
+    rows = [
+        {"group": "distillation", "size": "nano<mini", "variant": variant, "ratio": 1.0,
+         "tokens_per_second": speed, "memory_mb": 1.0, "flops_share": "", "device": "x", "torch": 2}
+        for variant, speed in (("fused", 40), ("fused, cached top 64", 95), ("no teacher", 100))
+    ]  # fmt: skip
+    benchmark.write_results(tmp_path / "results.csv", rows)
+    costs.main(costs.parse_args(["--results", str(tmp_path / "results.csv")]))
+    text = (tmp_path / "README.md").read_text("utf-8")
+    # nano 0.17M and mini 0.94M at V = 1,024: 6 * 0.17 / (6 * 0.17 + 2 * 0.94), and attention
+    assert "| nano<mini       | 0.35        | 0.40     | 1.00          | 0.95     |" in text
