@@ -187,8 +187,7 @@ def main(args) -> dict:
                 )
             part.backward()
             loss += part.detach()
-        rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=int((labels != -100).sum())):
+        if run.update(loss, int((labels != -100).sum()), input_ids):
             batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, and save.

@@ -166,7 +166,7 @@ def main(args) -> dict:
     # 6. Train.
     for step in run.steps():
         tensors = batch_of(step)
-        labels = tensors[1]
+        input_ids, labels = tensors[:2]
         loss = torch.zeros((), device=device)
         for ids, targets, *cached, share in microbatches(tensors, (labels != -100).float(), parts):
             ids, targets, *cached = (
@@ -190,8 +190,7 @@ def main(args) -> dict:
                 )
             part.backward()
             loss += part.detach()
-        rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=int((labels != -100).sum())):
+        if run.update(loss, int((labels != -100).sum()), input_ids):
             batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, beside the teacher, and save.

@@ -85,8 +85,7 @@ def main(args) -> dict:
             part = share * compute_loss(logits, targets.to(device, non_blocking=True))
             part.backward()
             loss += part.detach()
-        rate = optimizer.step(step)
-        if run.log(loss, rate, tokens=labels.numel()):
+        if run.update(loss, labels.numel(), input_ids):
             batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, and save.

@@ -4,10 +4,12 @@ A file is written to a temporary name in its own folder, flushed to disk, and re
 (or a run that resumes after a crash) sees the old content or the new, never half of it.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +29,80 @@ def atomic_path(path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut; Windows has no call for it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def file_hash(path) -> str:
+    """sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class InUse(ValueError):
+    """Another process holds what this one asked for."""
+
+
+held = []  # open files whose locks last until this process ends, however it ends
+
+
+def hold(path, wait: bool = False) -> None:
+    """Keep other processes from `path`, a run's folder or a file that grows, while this one lives.
+
+    The system gives the lock back when the process ends, even by SIGKILL. wait: until it is free.
+    Raises InUse, a ValueError, where another process has it. Holding twice is no error.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = str((path.parent / f".{path.name}.lock").resolve())
+    if any(file.name == name for file in held):
+        return
+    file = open(name, "a", encoding="utf-8")
+    while not try_lock(file):
+        if not wait:
+            file.close()
+            raise InUse(f"{path} is in use by another process: wait for it, or pass another --out")
+        time.sleep(0.2)
+    held.append(file)
+
+
+def release(path) -> None:
+    """Give back what `hold` took."""
+    path = Path(path)
+    name = str((path.parent / f".{path.name}.lock").resolve())
+    for file in [file for file in held if file.name == name]:
+        held.remove(file)
+        file.close()
+
+
+def try_lock(file) -> bool:
+    """Lock an open file for this process; False where another has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def write_json(path, value) -> None:

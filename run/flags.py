@@ -61,6 +61,12 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
     group.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up, 0 or more")
     group.add_argument("--weight_decay", type=float, default=0.1, help="of matrices, 0 or more")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm; 0 is off")
+    group.add_argument(
+        "--on_nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a loss or gradient of inf or nan does; skip leaves out at most 10 in a row",
+    )
     group.add_argument("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
     group.add_argument(
         "--patience",

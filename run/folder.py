@@ -6,9 +6,10 @@
     run.json                                              what ran, where, and what came out
     resume/                                               only while the run is unfinished
 
-`resume/state.pt` holds everything that the next step depends on: weights, optimizer, step, best
-loss and the log so far. Batches depend on (data, seed, step) alone, so the data position is the
-step, and a run that was killed and resumed ends with the same bits as one that was not.
+The two newest states in resume/ hold everything that the next step depends on: weights, optimizer,
+step, best loss and the log so far; a manifest beside each has its sha256. Batches depend on (data,
+seed, step) alone, so the data position is the step, and a run that was killed and resumed ends with
+the same bits as one that was not.
 """
 
 import csv
@@ -28,14 +29,39 @@ import torch
 from tqdm import tqdm
 
 from . import parallel, shards
-from .files import Finished, atomic_path, read_json, write_json
+from .files import Finished, atomic_path, file_hash, hold, read_json, write_json
 from .optim import Optimizer
 from .setup import peak_memory_mb
 
 LOG_EVERY = 10
+MOST_SKIPPED = 10  # in a row, with --on_nonfinite skip
+STATES_KEPT = 2  # the newest may be the one that the disk spoilt
 bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
+
+
+@torch.no_grad()
+def first_nonfinite(student, input_ids: torch.Tensor) -> str:
+    """The first module, in the order of the forward pass, that gives a value that is not finite."""
+    found = []
+
+    def watch(name):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in student.named_modules() if name]
+    student(input_ids)
+    for handle in hooks:
+        handle.remove()
+    return f"first in {found[0]}" if found else "the forward pass is finite"
+
+
+class OtherFlags(ValueError):
+    """A run is resumed with flags that would change its result."""
 
 
 def earlier_flags(out) -> dict:
@@ -62,6 +88,7 @@ class Run:
         self.earlier_seconds = 0.0
         self.rows: list[dict] = []
         self.stop_signal = None
+        self.skipped = 0  # batches left out in a row, for what was not finite
         self.prepare_folder()
         self.started = time.perf_counter()
 
@@ -69,16 +96,18 @@ class Run:
 
     def prepare_folder(self) -> None:
         """Refuse to lose a run that is already there; continue it with --resume."""
-        state, record = self.out / "resume" / "state.pt", self.out / "run.json"
+        if parallel.is_main():
+            hold(self.out)
+        record, states = self.out / "run.json", list(self.out.glob("resume/state-*.pt"))
         if self.args.resume:
             if record.is_file():
                 self.check_same_flags(read_json(record)["args"])
                 raise Finished(f"{self.out}: finished already, nothing to resume")
-            if state.is_file():
-                self.load_state(state)
+            if states:
+                self.load_newest_state()
             else:
                 print(f"{self.out}: no state to resume, starting at step 0")
-        elif record.is_file() or state.is_file():
+        elif record.is_file() or states:
             if not self.args.overwrite:
                 raise ValueError(
                     f"{self.out} already holds a run: pass --resume to go on with it, --overwrite "
@@ -89,24 +118,43 @@ class Run:
                 shutil.rmtree(self.out / "resume", ignore_errors=True)
         parallel.barrier()  # nothing is written before all processes have read
         if parallel.is_main():
+            for left in self.out.glob("**/*.tmp"):  # of a process that was killed
+                left.unlink()
             write_json(self.out / "resume" / "flags.json", self.flags)
 
     def check_same_flags(self, before: dict) -> None:
         for name, value in self.flags.items():
             if name not in NOT_IN_RESULT and before.get(name) != value:
-                raise ValueError(
+                raise OtherFlags(
                     f"cannot resume {self.out} with --{name} {value}: it ran with "
                     f"{before.get(name)}; use that, or another --out"
                 )
+
+    def load_newest_state(self) -> None:
+        """Go on from the newest state whose bytes are those that its manifest names."""
+        folder, refused = self.out / "resume", []
+        for path in sorted(folder.glob("state-*.pt"), reverse=True):
+            try:
+                if file_hash(path) != read_json(path.with_suffix(".json"))["sha256"]:
+                    raise ValueError("its bytes are not those that were written")
+                self.load_state(path)
+            except (ValueError, KeyError, OSError) as error:
+                if isinstance(error, OtherFlags):
+                    raise
+                refused.append(f"{path.name} is damaged ({error})")
+                continue
+            before = f"; {'; '.join(refused)}" if refused else ""
+            print(f"{self.out}: resuming after step {self.step}, from {path.name}{before}")
+            return
+        raise ValueError(
+            f"{folder} cannot be read ({'; '.join(refused)}): start again with --overwrite"
+        )
 
     def load_state(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{path} cannot be read ({reason}): start again with --overwrite"
-            ) from None
+            raise ValueError(str(error).splitlines()[0]) from None
         self.check_same_flags(json.loads(state["flags"]))
         now, before = self.student.state_dict(), state["student"]
         self.student.load_state_dict({k: shards.shard(before[k], now[k]) for k in before})
@@ -114,7 +162,6 @@ class Run:
         self.step, self.tokens = state["step"], state["tokens"]
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         self.rows, self.earlier_seconds = json.loads(state["rows"]), state["seconds"]
-        print(f"{self.out}: resuming after step {self.step}")
 
     def save_state(self) -> None:
         state = {
@@ -129,8 +176,14 @@ class Run:
             "flags": json.dumps(self.flags),
         }
         if parallel.is_main():
-            with atomic_path(self.out / "resume" / "state.pt") as temporary:
+            path = self.out / "resume" / f"state-{self.step:09d}.pt"
+            with atomic_path(path) as temporary:
                 torch.save(state, temporary)
+            manifest = {"step": self.step, "bytes": path.stat().st_size, "sha256": file_hash(path)}
+            write_json(path.with_suffix(".json"), manifest)
+            for old in sorted(path.parent.glob("state-*.pt"))[:-STATES_KEPT]:
+                old.unlink()
+                old.with_suffix(".json").unlink(missing_ok=True)
             self.write_log()
         parallel.barrier()  # whoever goes on, or ends, finds it written
 
@@ -173,6 +226,42 @@ class Run:
 
     def note_signal(self, number, frame) -> None:
         self.stop_signal = number
+
+    def update(self, loss: torch.Tensor, tokens: int, input_ids: torch.Tensor) -> bool:
+        """Change the weights by the gradient of `loss`; returns whether it is time to evaluate.
+
+        A loss or gradient that is not finite never reaches the weights: the run stops, or with
+        --on_nonfinite skip leaves the batch out. On CUDA the step does not wait to find out: such a
+        gradient counts 0, and the next logged step reports it.
+        """
+        norm = self.optimizer.clip()
+        finite = norm.isfinite() & (loss.isfinite() if parallel.world_size() == 1 else True)
+        if self.device.type == "cuda" and (self.step + 1) % LOG_EVERY:
+            self.optimizer.clear_where(~finite)
+        elif not finite:
+            self.broken(float(loss), float(norm), input_ids)
+            self.optimizer.clear()
+            return self.log(self.last_loss, 0.0, tokens)
+        self.skipped = 0
+        return self.log(loss, self.optimizer.update(self.step), tokens)
+
+    def broken(self, loss: float, norm: float, input_ids: torch.Tensor) -> None:
+        """Write down the batch; raise ValueError unless it may be skipped."""
+        self.optimizer.clear()
+        number, path = self.step + 1, self.out / "nonfinite.json"
+        layer = first_nonfinite(self.student, input_ids.to(self.device))
+        about = {"step": number, "loss": str(loss), "gradient_norm": str(norm), "layer": layer}
+        if parallel.is_main():
+            write_json(path, {**about, "input_ids": input_ids.tolist()})
+        self.skipped += 1
+        told = f"the loss at step {number} is {loss:g}, its gradient {norm:g} ({layer})"
+        if self.args.on_nonfinite == "skip" and self.skipped <= MOST_SKIPPED and number > 1:
+            self.bar.write(f"{told}: batch left out, see {path}")
+            return
+        raise ValueError(
+            f"{told}: lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip; the "
+            f"weights were not changed, the batch is in {path}"
+        )
 
     def log(self, loss: torch.Tensor, rate: float, tokens: int) -> bool:
         """Count the step that was just made; returns whether it is time to evaluate."""

@@ -45,18 +45,37 @@ class Optimizer:
         self.args = args
 
     def step(self, step: int) -> float:
-        """Sum and clip the gradient, set the rate of `step`, update, clear; returns the rate."""
+        """Sum, clip, update and clear; returns the rate of `step`."""
+        self.clip()
+        return self.update(step)
+
+    def clip(self) -> torch.Tensor:
+        """Sum the gradient over processes and clip it; returns its norm before, a scalar."""
         if not shards.in_use:  # fully_shard has summed them in backward
             parallel.sum_gradients(self.parameters)
-        if self.args.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip)
+        largest = self.args.grad_clip if self.args.grad_clip > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters, largest)
+        return norm.full_tensor() if shards.in_use else norm
+
+    def update(self, step: int) -> float:
+        """Set the rate of `step`, change the weights, clear the gradient; returns the rate."""
         rate = learning_rate(step, self.args)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
-            part.zero_grad(set_to_none=True)
+        self.clear()
         return rate
+
+    def clear(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def clear_where(self, broken: torch.Tensor) -> None:
+        """Make the gradient 0 if `broken`, a bool on the device, without waiting for its value."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(broken, 0.0, parameter.grad)
 
     def state_dict(self) -> list[dict]:
         """Whole, whatever is sharded: a run may go on with another number of processes."""

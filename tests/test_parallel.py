@@ -65,21 +65,21 @@ class Killed(Exception):
 
 def jobs(listed):
     for script, words, deed in listed:
-        script, adamw, step = import_module(script), torch.optim.AdamW, Optimizer.step
+        script, adamw, update = import_module(script), torch.optim.AdamW, Optimizer.update
         def run(*more):
             script.main(script.parse_args([*words, *more]))
-        def step_and_die(self, number):
+        def update_and_die(self, number):
             if number == 9:  # the last saved state is of step 8
                 raise Killed
-            return step(self, number)
+            return update(self, number)
         if deed == "sgd":
             torch.optim.AdamW = lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr)
         if deed.startswith("kill"):
-            Optimizer.step = step_and_die
+            Optimizer.update = update_and_die
             try:
                 run()
             except Killed:
-                Optimizer.step = step
+                Optimizer.update = update
             if deed == "kill":
                 run("--resume")
         else:
@@ -247,7 +247,7 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, two):
 
 def test_a_sharded_run_goes_on_in_one_process(prepared_folder, teacher, two):
     folder, _ = two
-    state = torch.load(folder / "elsewhere" / "resume" / "state.pt", weights_only=True)
+    state = torch.load(folder / "elsewhere" / "resume" / "state-000000008.pt", weights_only=True)
     assert state["step"] == 8
     script, *words = argv_of("pretrain", prepared_folder, teacher)
     run(script, *words, *SHORT, "--out", folder / "elsewhere", "--resume")
@@ -341,7 +341,8 @@ def test_ctrl_c_saves_once_in_all_processes(prepared_folder, tmp_path):
     assert process.returncode != 0
     assert errors.count("go on with the same command and --resume") == 1
     assert not ours(errors)
-    state = torch.load(tmp_path / "run" / "resume" / "state.pt", weights_only=True)
+    newest = max((tmp_path / "run" / "resume").glob("state-*.pt"))
+    state = torch.load(newest, weights_only=True)
     assert f"saved at step {state['step']};" in errors and state["step"] >= 10
 
 

@@ -8,18 +8,32 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from model import ModelConfig, Transformer, save_model
-from run.files import Finished, atomic_path, command_line, read_json, write_json
+from run.files import (
+    Finished,
+    InUse,
+    atomic_path,
+    command_line,
+    hold,
+    read_json,
+    release,
+    write_json,
+)
 from run.flags import add_common_flags, check_flags
-from run.folder import Run
+from run.folder import Run, first_nonfinite
 from run.optim import Optimizer, learning_rate
 from run.setup import autocast, available_cores, choose_device, setup
 
+ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
     vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=4, intermediate_size=12, max_position_embeddings=32,
@@ -440,13 +454,153 @@ def test_resuming_with_other_flags_is_refused(tmp_path):
         open_run(tmp_path / "a", "--resume", "--learning_rate", 0.5)
 
 
-def test_a_damaged_resume_state_is_refused(tmp_path):
+def spoil(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    elif how == "empty":
+        content = b""
+    path.write_bytes(content)
+
+
+DAMAGES = ["cut", "a flipped bit", "empty"]
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "no manifest"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, how, capsys):
+    whole = open_run(tmp_path / "whole")
+    train(whole)
     with pytest.raises(KeyboardInterrupt):
-        train(open_run(tmp_path / "a"), stop_at=2)
-    path = tmp_path / "a" / "resume" / "state.pt"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="state.pt cannot be read.*--overwrite"):
+        train(open_run(tmp_path / "a"), stop_at=9)
+    older, newest = sorted((tmp_path / "a" / "resume").glob("state-*.pt"))
+    assert (older.name, newest.name) == ("state-000000008.pt", "state-000000010.pt")
+    newest.with_suffix(".json").unlink() if how == "no manifest" else spoil(newest, how)
+    resumed = open_run(tmp_path / "a", "--resume")
+    assert resumed.step == 8
+    said = capsys.readouterr().out
+    assert "from state-000000008.pt; state-000000010.pt is damaged" in said
+    train(resumed)
+    assert torch.equal(final_weights(resumed), final_weights(whole))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_when_no_state_is_whole_nothing_is_resumed(tmp_path, how):
+    with pytest.raises(KeyboardInterrupt):
+        train(open_run(tmp_path / "a"), stop_at=5)
+    for path in (tmp_path / "a" / "resume").glob("state-*.pt"):
+        spoil(path, how)
+    with pytest.raises(ValueError, match="cannot be read .*damaged.*--overwrite"):
         open_run(tmp_path / "a", "--resume")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(open_run(tmp_path / "a"), stop_at=5)
+    (tmp_path / "a" / "resume" / "state-000000099.pt.123.tmp").write_bytes(b"half")
+    assert open_run(tmp_path / "a", "--resume").step == 6
+    assert not list((tmp_path / "a").glob("**/*.tmp"))
+
+
+# Two processes.
+
+
+def elsewhere(code: str, *words) -> subprocess.Popen:
+    """Python code in a process of its own; it is ready when it has printed a line."""
+    words = [sys.executable, "-c", "import sys; from run.files import *\n" + code, *map(str, words)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process.stdout.readline()
+    return process
+
+
+HOLD = "hold(sys.argv[1]); print('held', flush=True); time.sleep(float(sys.argv[2]))"
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path):
+    process = elsewhere(HOLD, tmp_path / "a", 60)
+    try:
+        with pytest.raises(InUse, match="a is in use by another process: wait for it, or pass"):
+            open_run(tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+        open_run(tmp_path / "b")
+    finally:
+        process.kill()
+        process.wait()
+    open_run(tmp_path / "a")  # a killed process holds nothing
+
+
+def test_a_second_process_can_wait(tmp_path):
+    process = elsewhere(HOLD, tmp_path / "a", 1)
+    started = time.perf_counter()
+    hold(tmp_path / "a", wait=True)
+    assert time.perf_counter() - started > 0.5
+    hold(tmp_path / "a")  # again is no error
+    release(tmp_path / "a")
+    process.wait()
+
+
+# Numbers that go wrong.
+
+
+def spoilt_at(run, bad_step, value=math.nan):
+    """Train, with a gradient of `value` at one step or more."""
+    bad = {bad_step} if isinstance(bad_step, int) else set(bad_step)
+    for step in run.steps():
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(11, (4, 9), generator=generator)
+        loss = torch.nn.functional.cross_entropy(
+            run.student(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        (loss * (value if step + 1 in bad else 1.0)).backward()
+        if run.update(loss.detach(), 32, tokens[:, :-1]):
+            run.evaluated(1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("bad_step", [1, 3, 10])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, value, bad_step):
+    run = open_run(tmp_path / "a", "--eval_every", 100)
+    before = []
+    update = run.optimizer.update
+    run.optimizer.update = lambda step: (update(step), before.append(final_weights(run).clone()))[0]
+    start = final_weights(run).clone()
+    with pytest.raises(
+        ValueError, match=f"loss at step {bad_step} is .*the weights were not changed"
+    ):
+        spoilt_at(run, bad_step, value)
+    assert torch.equal(final_weights(run), before[-1] if before else start)
+    dump = json.loads((tmp_path / "a" / "nonfinite.json").read_text())
+    tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(bad_step - 1))
+    assert dump["step"] == bad_step and dump["input_ids"] == tokens[:, :-1].tolist()
+    assert dump["layer"] == "the forward pass is finite"
+
+
+def test_skipping_leaves_out_the_batch_alone(tmp_path, capsys):
+    run = open_run(tmp_path / "a", "--on_nonfinite", "skip", "--eval_every", 100)
+    spoilt_at(run, [3, 5, 6])
+    assert run.step == 12 and all(map(math.isfinite, (row["train_loss"] for row in run.rows)))
+    assert final_weights(run).isfinite().all()
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("batch left out") == 3
+
+
+def test_at_most_ten_batches_in_a_row_are_skipped(tmp_path):
+    run = open_run(tmp_path / "a", "--on_nonfinite", "skip", "--steps", 40, "--eval_every", 100)
+    spoilt_at(run, range(5, 15))  # ten
+    assert run.step == 40
+    run = open_run(tmp_path / "b", "--on_nonfinite", "skip", "--steps", 40, "--eval_every", 100)
+    with pytest.raises(ValueError, match="loss at step 15 is"):
+        spoilt_at(run, range(5, 16))
+
+
+def test_the_first_layer_that_overflows_is_named():
+    student = tiny_model()
+    ids = torch.randint(11, (2, 5))
+    assert first_nonfinite(student, ids) == "the forward pass is finite"
+    with torch.no_grad():
+        student.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    assert first_nonfinite(student, ids) == "first in model.layers.1.mlp.up_proj"
 
 
 def test_the_best_weights_are_kept(tmp_path):

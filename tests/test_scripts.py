@@ -96,14 +96,14 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert record["metrics"]["val_loss"] < 6.5
     assert not (tmp_path / "whole" / "resume").exists()
 
-    step = script.Optimizer.step
+    update = script.Optimizer.update
 
-    def step_and_die(self, number):
+    def update_and_die(self, number):
         if number == 9:  # the last saved state is of step 8
             raise Killed
-        return step(self, number)
+        return update(self, number)
 
-    monkeypatch.setattr(script.Optimizer, "step", step_and_die)
+    monkeypatch.setattr(script.Optimizer, "update", update_and_die)
     with pytest.raises(Killed):
         run(script, *flags, "--out", tmp_path / "killed")
     monkeypatch.undo()
@@ -367,5 +367,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared_folder, tmp_path):
     assert process.returncode == 130
     assert "--resume" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
-    state = torch.load(tmp_path / "run" / "resume" / "state.pt", weights_only=True)
+    newest = max((tmp_path / "run" / "resume").glob("state-*.pt"))
+    state = torch.load(newest, weights_only=True)
     assert state["step"] >= 4
