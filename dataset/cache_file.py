@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distill import HiddenTeacher, SparseTeacher
 from model.checkpoint import weight_files
+from run.files import file_hash
 
 HEADER_BYTES = 4096
 METHODS = ("topk", "sample", "full", "hidden")
@@ -30,13 +31,11 @@ METHODS = ("topk", "sample", "full", "hidden")
 
 def source_hashes(teacher_folder, text) -> dict[str, str]:
     """What a cache is made from, by sha256: the teacher's weights, the text, the tokenizer."""
-    digest = hashlib.sha256()
-    for path in weight_files(Path(teacher_folder)):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+    hashes = [file_hash(path) for path in weight_files(Path(teacher_folder))]
     return {
-        "teacher_sha256": digest.hexdigest(),
+        "teacher_sha256": hashes[0]
+        if len(hashes) == 1
+        else hashlib.sha256("".join(hashes).encode("ascii")).hexdigest(),
         "text_sha256": text.meta["train"]["sha256"],
         "tokenizer_sha256": text.meta["tokenizer_sha256"],
     }

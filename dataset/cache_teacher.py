@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import load_model
-from run.files import Finished, command_line, write_json
+from run.files import Finished, command_line, hold, release, write_json
 from run.flags import check_ranges, new_parser
 from run.setup import autocast, choose_device, keep_freed_memory
 
@@ -137,6 +137,7 @@ def main(args) -> dict:
         **source_hashes(args.teacher, text),
     }
     path = args.out or Path(args.teacher) / f"{args.method}.cache"
+    hold(path)
     if path.exists():
         if read_header(path) == header:
             raise Finished(f"{path}: finished already")
@@ -153,6 +154,7 @@ def main(args) -> dict:
         "seconds": round(time.perf_counter() - begun, 2),
     }
     write_json(path.with_name(path.name + ".finished.json"), record)
+    release(path)
     return record
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model import load_model
-from run.files import command_line, read_json, write_json
+from run.files import command_line, hold, read_json, release, write_json
 from run.flags import new_parser
 from run.setup import choose_device, keep_freed_memory
 
@@ -57,6 +57,7 @@ def main(args) -> dict:
         )
     problems = read_problems(args.prompts)
     teacher, tokenizer = load_model(args.teacher, device), load_tokenizer(args.teacher)
+    hold(args.out)
     progress_path = args.out.with_name(args.out.name + ".progress.json")
     options = {k: str(v) for k, v in vars(args).items() if k not in ("out", "device")}
     options["tokenizer"] = tokenizer_hash(args.teacher)
@@ -94,6 +95,7 @@ def main(args) -> dict:
         raise ValueError(f"no trace of {args.teacher} passed: train it longer, or use --keep all")
     record = {"args": options, **{k: progress[k] for k in ("problems", "written", "kept")}}
     write_json(args.out.with_name(args.out.name + ".finished.json"), record)
+    release(args.out)
     return progress
 
 

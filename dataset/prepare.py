@@ -20,7 +20,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from run.files import atomic_path, command_line, copy_tokenizer, write_json
+from run.files import atomic_path, command_line, copy_tokenizer, hold, release, write_json
 from run.flags import new_parser
 
 from .chat import check_conversation, gsm8k_conversation, held_out
@@ -139,6 +139,7 @@ def main(args) -> None:
     training, validation = split_documents(documents, args.val_share)
     # 2. Reasoning problems. From here on files change: without meta.json the folder is not whole.
     reasoning = reasoning_lines(args)
+    hold(args.out, wait=True)  # a second call makes the same files after the first
     (args.out / "meta.json").unlink(missing_ok=True)
     for split, lines in reasoning.items():
         write_jsonl(args.out / f"reason_{split}.jsonl", lines)
@@ -170,6 +171,7 @@ def main(args) -> None:
     counts = ", ".join(f"{len(lines):,} {split}" for split, lines in reasoning.items())
     print(f"reasoning problems: {counts}\nwrote {args.out}")
     write_json(args.out / "meta.json", about)
+    release(args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Save and load a model as a Hugging Face checkpoint folder.
 
     config.json               sizes and architecture (`ModelConfig.to_json`)
+    manifest.json             sha256 of the weights' file, checked on loading
     model.safetensors         weights under Hugging Face's Llama names; a tied head is not stored
     generation_config.json    which tokens end a turn
     tokenizer.json, ...       copied from where the model's tokenizer lies
@@ -16,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from run import parallel, shards
-from run.files import atomic_path, copy_tokenizer, read_json, write_json
+from run.files import atomic_path, copy_tokenizer, file_hash, read_json, write_json
 
 from .config import PRESETS, ModelConfig
 from .transformer import Transformer
+
+MANIFEST = "manifest.json"
 
 
 def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
@@ -43,8 +46,27 @@ def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
     )
     if tokenizer_folder is not None:
         copy_tokenizer(tokenizer_folder, folder)
+    manifest = folder / MANIFEST
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        # Before the new file takes its place: whichever of the two a crash leaves is known.
+        earlier = read_json(manifest)["sha256"][:1] if manifest.is_file() else []
+        write_json(manifest, {"sha256": [file_hash(temporary), *earlier]})
+
+
+def check_manifest(file: Path) -> None:
+    """Raise ValueError where save_model wrote other bytes: a flipped bit loads without a word.
+
+    Folders that others made have no manifest, and pass.
+    """
+    manifest = file.parent / MANIFEST
+    if file.name == "model.safetensors" and manifest.is_file():
+        if file_hash(file) not in read_json(manifest).get("sha256", []):
+            raise ValueError(
+                f"{file} is damaged: its bytes are not those that {MANIFEST} names; train it "
+                "again, use the folder's best/, or copy it again (delete the manifest if you "
+                "changed the weights yourself)"
+            )
 
 
 def read_config(folder) -> ModelConfig:
@@ -119,6 +141,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}): save or download it again"
             ) from None
+        check_manifest(file)
     missing = [name for name in expected if name not in loaded]
     if missing:
         raise ValueError(

@@ -11,6 +11,18 @@ from dataset import prepare
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
+
+
 WORDS = "the sea ship wind king queen crown night day star song stone river long cold old and but "
 WORDS += "of to in sings falls rises burns sleeps calls 1 27 394 Éire naïve"
 

@@ -51,6 +51,7 @@ def change_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
+    (folder / "manifest.json").unlink()  # as a user who changes weights is told to
 
 
 def assert_same_bits(got, expected):
@@ -334,3 +335,40 @@ def test_neither_preset_nor_folder(tmp_path):
         make_or_load(str(tmp_path / "nowhere"), 17)
     with pytest.raises(ValueError, match="no checkpoint in"):
         make_or_load(str(tmp_path), 17)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+def test_a_flipped_bit_is_noticed(folder, place):
+    """safetensors alone would load it: every key and shape still fits."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + int(place * (len(content) - header))] ^= 16
+    path.write_bytes(content)
+    load_file(path)
+    with pytest.raises(ValueError, match="is damaged: its bytes are not those that manifest.json"):
+        load_model(folder)
+    (folder / "manifest.json").unlink()
+    load_model(folder)
+
+
+def test_a_crash_between_manifest_and_weights_leaves_a_model_that_loads(folder, monkeypatch):
+    """Either file may be the newer one: the manifest knows both."""
+    before = load_model(folder).state_dict()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    replace = os.replace
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda a, b: crash() if str(b).endswith("model.safetensors") else replace(a, b),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        save_model(random_model(seed=5), folder)
+    monkeypatch.undo()
+    after = load_model(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    save_model(random_model(seed=5), folder)
+    load_model(folder)

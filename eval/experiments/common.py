@@ -16,7 +16,7 @@ from pathlib import Path
 from dataset.packing import PackedText
 from eval.metrics import evaluate
 from model import load_model
-from run.files import command_line
+from run.files import command_line, hold, release
 from run.setup import choose_device, keep_freed_memory
 
 from .jobs import Job, run_jobs
@@ -156,10 +156,20 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append_row(path: Path, row: dict) -> None:
-    """Add one row; the first row settles the columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def append_row(path: Path, row: dict, key: tuple[str, ...] = ()) -> None:
+    """Add one row; the first row settles the columns. A row whose `key` is there already is left
+    out: another sweep, sharing the work, has written it."""
+    hold(path, wait=True)
+    try:
+        write_row(path, row, key)
+    finally:
+        release(path)
+
+
+def write_row(path: Path, row: dict, key: tuple[str, ...]) -> None:
     known = read_rows(path)
+    if key and any(all(other[k] == str(row[k]) for k in key) for other in known):
+        return
     columns = list(known[0]) if known else [*COLUMNS, *(k for k in row if k not in COLUMNS)]
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -198,7 +208,7 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
             experiment, path, arm, seed, job = entry
             if all(needed.is_done() for needed in (job, experiment.beside(job), *job.needs)):
                 row = {"experiment": experiment.name, "arm": arm, "seed": seed}
-                append_row(path, {**row, **experiment.row_of(job)})
+                append_row(path, {**row, **experiment.row_of(job)}, key=("arm", "seed"))
                 todo.remove(entry)
 
     write_finished_rows()

@@ -8,17 +8,19 @@ run side by side, each on its share of the cores; on a GPU they run one after an
 import importlib
 import os
 import shlex
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import run.folder
-from run.files import Finished, read_json
+from run.files import Finished, InUse, read_json
 from run.setup import available_cores
 
 
@@ -73,19 +75,32 @@ def execute(job: Job) -> None:
     """Run one job in this process; what it had begun before is resumed."""
     module = importlib.import_module(job.script)
     resumable = job.script.startswith("train_") and Path(job.out).is_dir()
-    try:
-        module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
-    except Finished:
-        pass
+    while True:
+        try:
+            module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
+        except Finished:
+            return
+        except InUse:  # another sweep runs it: it will have finished, or left a state to go on from
+            time.sleep(2)
+            resumable = job.script.startswith("train_")
+            continue
+        return
 
 
 def start_worker(threads: int, lock, positions) -> None:
-    """Settle a worker process: its threads, and its own line for the progress bar."""
+    """Settle a worker process: its threads, its own line for the progress bar, its end."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
     with positions.get_lock():
         run.folder.bar_position = positions.value
         positions.value += 1
+
+
+def end_with_parent() -> None:
+    """A sweep that was killed must not leave workers behind, which hold its runs' folders."""
+    parent_process().join()
+    os._exit(1)
 
 
 def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, workers=None) -> None:

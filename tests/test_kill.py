@@ -1,0 +1,122 @@
+"""Killed at any moment (SIGKILL: no handler, no last word) and started again, every command ends
+with the same bytes as one that was not: weights, log, CSV rows, traces, caches.
+
+One kill for each command here; with --slow 51 in all."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = ["--steps", "60", "--batch_size", "4", "--seq_len", "32", "--eval_every", "5"]
+STEPS += ["--device", "cpu", "--dtype", "float32", "--no-compile", "--optimizer", "adamw"]
+TIMES = ("seconds", "peak_memory_mb", "command", "device")  # that no two runs share
+SWEEP = """
+import dataclasses, sys
+from pathlib import Path
+from eval.experiments import common, headline, scales
+if __name__ == "__main__":
+    scale = dataclasses.replace(
+        scales.SCALES["quick"], name="tiny", teacher="nano", student="nano", headline_seeds=2,
+        text_steps=30, text_batch=4, seq_len=32, text_share=1.0,
+    )
+    common.run_experiments([headline.experiment(scale)], Path("results"))
+"""
+
+
+def command_of(name: str, data: Path, teacher: Path, out: Path) -> list:
+    """The command that makes `out`; after a kill the same one goes on (training: --resume)."""
+    traces = data / "reason_train.jsonl"
+    return {
+        "pretrain": ["train_pretrain.py", "--model", "nano", "--data", data, *STEPS],
+        "distill": ["train_distillation.py", "--teacher", teacher, "--data", data, *STEPS],
+        "reason": [
+            *("train_distill_reason.py", "--student", "nano", "--tokenizer", data),
+            *("--data", traces, *STEPS, "--seq_len", "256"),
+        ],
+        "traces": [
+            *("-m", "dataset.make_traces", "--teacher", teacher, "--keep", "all"),
+            *("--prompts", data / "reason_prompts.jsonl", "--device", "cpu"),
+        ],
+        "cache": [
+            *("-m", "dataset.cache_teacher", "--teacher", teacher, "--data", data),
+            *("--method", "sample", "--k", "8", "--seq_len", "8", "--device", "cpu"),
+        ],
+        "sweep": [str(out.parent / "sweep.py")],
+    }[name] + ([] if name == "sweep" else ["--out", out])
+
+
+def start(words, out: Path, log) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, *map(str, words)]
+    cwd = out.parent if words[1].endswith("sweep.py") else ROOT
+    return subprocess.Popen(words, cwd=cwd, env=environment, stdout=log, stderr=log)
+
+
+def result_of(name: str, out: Path):
+    """What must not depend on kills."""
+    if name == "traces":
+        return out.read_bytes(), json.loads(Path(f"{out}.progress.json").read_text())
+    if name == "cache":
+        return out.read_bytes()
+    if name == "sweep":
+        with open(out.parent / "results" / "headline" / "results.csv", newline="") as file:
+            rows = [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
+        return sorted(rows, key=lambda row: (row["arm"], row["seed"]))
+    with open(out / "log.csv", newline="") as file:
+        log = [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
+    weights = (
+        (out / "model.safetensors").read_bytes(),
+        (out / "best/model.safetensors").read_bytes(),
+    )
+    return log, weights, json.loads((out / "run.json").read_text())["metrics"]
+
+
+@pytest.fixture(scope="module")
+def teacher(prepared_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill")
+    with open(folder / "log", "w") as log:
+        words = command_of("pretrain", prepared_folder, None, folder / "teacher")
+        assert start(words, folder / "teacher", log).wait() == 0
+    return folder / "teacher"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["pretrain", "distill", "reason", "traces", "cache", "sweep"])
+def test_killed_and_started_again(name, kills, prepared_folder, teacher, tmp_path):
+    rng = random.Random(f"{name} {kills} {time.time_ns()}")
+    results, seconds = [], None
+    for label in ("whole", "killed"):
+        out = tmp_path / label / "out"
+        out.parent.mkdir()
+        (out.parent / "sweep.py").write_text(SWEEP)
+        if name == "sweep":
+            (out.parent / "out" / "tiny").mkdir(parents=True)
+            (out.parent / "out" / "tiny" / "data").symlink_to(prepared_folder)
+        words = command_of(name, prepared_folder, teacher, out)
+        log = open(out.parent / "log", "w+")
+        moments = []
+        for _ in range(kills if label == "killed" else 0):
+            # Not while Python starts: nothing of ours runs yet. The end may be passed.
+            moments.append(rng.uniform(0.4, 1.1) * seconds)
+            resume = ["--resume"] if words[0].startswith("train_") else []
+            process = start([*words, *resume], out, log)
+            time.sleep(moments[-1])
+            process.kill()
+            process.wait()
+        resume = ["--resume"] if words[0].startswith("train_") and label == "killed" else []
+        begun = time.perf_counter()
+        code = start([*words, *resume], out, log).wait(timeout=300)
+        seconds = seconds or time.perf_counter() - begun
+        log.seek(0)
+        assert code == 0, f"killed after {moments} s\n{log.read()[-3000:]}"
+        results.append(result_of(name, out))
+    assert results[0] == results[1], f"killed after {moments} s of {seconds}"
