@@ -2,6 +2,7 @@
 whole, not of this architecture or not of these sizes is refused with the key, shape or file."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import pytest
@@ -356,15 +357,14 @@ def test_a_crash_between_manifest_and_weights_leaves_a_model_that_loads(folder, 
     """Either file may be the newer one: the manifest knows both."""
     before = load_model(folder).state_dict()
 
-    def crash(*_):
-        raise KeyboardInterrupt
+    rename = os.replace
 
-    replace = os.replace
-    monkeypatch.setattr(
-        os,
-        "replace",
-        lambda a, b: crash() if str(b).endswith("model.safetensors") else replace(a, b),
-    )
+    def crash(source, target):
+        if str(target).endswith("model.safetensors"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         save_model(random_model(seed=5), folder)
     monkeypatch.undo()
