@@ -139,13 +139,13 @@ def main(args) -> None:
     training, validation = split_documents(documents, args.val_share)
     # 2. Reasoning problems. From here on files change: without meta.json the folder is not whole.
     reasoning = reasoning_lines(args)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
     hold(args.out, wait=True)  # a second call makes the same files after the first
     (args.out / "meta.json").unlink(missing_ok=True)
     for split, lines in reasoning.items():
         write_jsonl(args.out / f"reason_{split}.jsonl", lines)
     # 3. One tokenizer for both. Held-out text is not read.
-    if args.tokenizer is not None:
-        tokenizer = load_tokenizer(args.tokenizer)
+    if tokenizer is not None:
         copy_tokenizer(args.tokenizer, args.out)
     else:
         lines = reasoning["train"][:5000]

@@ -96,7 +96,13 @@ def load_tokenizer(folder) -> Tokenizer:
 
 def tokenizer_hash(folder) -> str:
     """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
-    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"no tokenizer in '{folder}': {path} does not exist; copy the one that its model was "
+            "trained with there"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

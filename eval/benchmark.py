@@ -373,7 +373,8 @@ def read_results(path: Path) -> dict[tuple, dict]:
     with contextlib.suppress(OSError, UnicodeDecodeError, KeyError):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {(row["group"], row["size"], row["variant"]): row for row in rows}
+        if rows:
+            return {(row["group"], row["size"], row["variant"]): row for row in rows}
     raise ValueError(
         f"{path} is not a CSV of this benchmark: make one with: python -m eval.benchmark"
     )
