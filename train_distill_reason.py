@@ -94,6 +94,9 @@ def parse_args(argv=None):
     group.add_argument(
         "--temperature", type=float, default=1.0, help="with --teacher: T, 0.001 to 1000"
     )
+    group.add_argument(
+        "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
+    )
     add_common_flags(
         parser, out="out/reasoner", steps=1000, batch_size=32, seq_len=384, learning_rate=0.006
     )
@@ -131,7 +134,14 @@ def main(args) -> dict:
     # 3. Data: a conversation's labels are the assistant's words only.
     tokenizer = load_tokenizer(tokenizer_folder)
     data, held_out = (
-        ChatData(args.data, tokenizer, split, args.seq_len, answers_only=args.answers_only)
+        ChatData(
+            args.data,
+            tokenizer,
+            split,
+            args.seq_len,
+            answers_only=args.answers_only,
+            skip_bad=args.skip_bad,
+        )
         for split in ("train", "val")
     )
     parts = max(args.accumulation_steps, PARTS)

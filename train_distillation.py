@@ -88,6 +88,9 @@ def parse_args(argv=None):
     group.add_argument(
         "--data_share", type=float, default=1.0, help="first part of the text to use, above 0 to 1"
     )
+    group.add_argument(
+        "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
+    )
     add_common_flags(parser, out="out/student")
     return parser.parse_args(argv)
 
@@ -98,12 +101,15 @@ def open_data(args):
         if args.data_share != 1.0 or args.teacher_cache:
             raise ValueError("--data_share and --teacher_cache need --data to be a prepared folder")
         tokenizer = load_tokenizer(args.teacher)
-        train = ChatData(args.data, tokenizer, "train", args.seq_len)
+        train, held_out = (
+            ChatData(args.data, tokenizer, split, args.seq_len, skip_bad=args.skip_bad)
+            for split in ("train", "val")
+        )
         print(
             f"{args.data}: {train.size} conversations, {train.cut} cut to {args.seq_len} "
             f"tokens, {train.padding_share(args.batch_size, PARTS):.1%} padding"
         )
-        return train, ChatData(args.data, tokenizer, "val", args.seq_len)
+        return train, held_out
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
     if args.alpha < 1 and tokenizer_hash(args.teacher) != text.meta["tokenizer_sha256"]:
         raise ValueError(

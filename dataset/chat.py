@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .packing import epoch_order
-from .sources import read_jsonl
+from .sources import read_jsonl, tell_bad_lines, tolerate
 from .tokenizer import encode, encode_tagged, special_id
 
 IGNORE = -100
@@ -107,7 +107,8 @@ class ChatData:
 
     split: "train" or "val"; a conversation's split follows from the hash of its user turns,
     so the held-out part is the same for every seed. max_len cuts a longer conversation, and
-    `cut` counts them. answers_only drops the reasoning.
+    `cut` counts them. answers_only drops the reasoning. skip_bad leaves out lines that are not
+    conversations, and says how many, instead of refusing the file.
     """
 
     def __init__(
@@ -118,29 +119,25 @@ class ChatData:
         max_len: int,
         val_share: float = 0.05,
         answers_only: bool = False,
+        skip_bad: bool = False,
     ):
         self.path = path
         self.cut = 0
         self.examples: list[tuple[np.ndarray, np.ndarray]] = []
-        total = 0
-        for number, value in read_jsonl(path):
-            turns = check_conversation(value, f"{path} line {number}")
-            total += 1
-            if held_out(turns, val_share) != (split == "val"):
-                continue
-            if answers_only:
-                turns = only_answer(turns)
-                check_conversation({"conversations": turns}, f"{path} line {number}, answers only")
-            ids, labels = encode_conversation(tokenizer, turns)
-            if len(ids) > max_len:
-                self.cut += 1
-                ids, labels = ids[:max_len], labels[:max_len]
-            if all(label == IGNORE for label in labels):
-                raise ValueError(
-                    f"{path} line {number}: no word of the assistant is within the first {max_len} "
-                    "tokens: raise --seq_len or shorten the prompt"
-                )
-            self.examples.append((np.array(ids, np.int32), np.array(labels, np.int32)))
+        total, bad = 0, [] if skip_bad else None
+        for number, value in read_jsonl(path, bad):
+            with tolerate(bad):
+                where = f"{path} line {number}"
+                turns = check_conversation(value, where)
+                total += 1
+                if held_out(turns, val_share) != (split == "val"):
+                    continue
+                if answers_only:
+                    turns = only_answer(turns)
+                    check_conversation({"conversations": turns}, f"{where}, answers only")
+                self.add(*encode_conversation(tokenizer, turns), max_len, where)
+        if split == "train":
+            tell_bad_lines(path, bad)
         if not self.examples:
             raise ValueError(
                 f"{path}: none of its {total} conversations falls into the {split} split "
@@ -149,6 +146,18 @@ class ChatData:
         self.size = len(self.examples)
         self.lengths = np.array([len(ids) for ids, _ in self.examples])
         self.epoch, self.order = None, None
+
+    def add(self, ids: list[int], labels: list[int], max_len: int, where: str) -> None:
+        """Keep an example, cut to max_len; count it if it had to be cut."""
+        if len(ids) > max_len:
+            self.cut += 1
+            ids, labels = ids[:max_len], labels[:max_len]
+        if all(label == IGNORE for label in labels):
+            raise ValueError(
+                f"{where}: no word of the assistant is within the first {max_len} tokens: raise "
+                "--seq_len or shorten the prompt"
+            )
+        self.examples.append((np.array(ids, np.int32), np.array(labels, np.int32)))
 
     def rows(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """The examples of one step, longest first. Every epoch has each example once; its last

@@ -26,7 +26,15 @@ from run.flags import new_parser
 from .chat import check_conversation, gsm8k_conversation, held_out
 from .packing import write_stream
 from .problems import ANSWER, Problem, make_problems
-from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
+from .sources import (
+    jsonl_texts,
+    read_jsonl,
+    shakespeare,
+    split_documents,
+    tell_bad_lines,
+    text_files,
+    tolerate,
+)
 from .tokenizer import (
     SMALLEST_VOCABULARY,
     encode,
@@ -45,6 +53,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     source.add_argument("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')
     parser.add_argument(
         "--reason", type=Path, help="your own traces: r1-style conversations, or GSM8K lines"
+    )
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
     )
     parser.add_argument("--out", type=Path, default=Path("out/data"), help="folder to write")
     parser.add_argument(
@@ -76,22 +87,24 @@ def problem_line(problem: Problem, with_trace: bool) -> dict:
     return {"conversations": turns, "answer": problem.answer, "steps": problem.steps}
 
 
-def user_reasoning(path: Path) -> tuple[list[dict], list[dict]]:
+def user_reasoning(path: Path, skip_bad: bool) -> tuple[list[dict], list[dict]]:
     """The user's traces as training and test lines; a tenth is held out by the question's hash."""
-    train, test = [], []
-    for number, value in read_jsonl(path):
-        where = f"{path} line {number}"
-        if "conversations" not in value:
-            value = gsm8k_conversation(value, where)
-        turns = check_conversation(value, where)
-        if turns[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{where} ends with the {turns[-1]['role']}'s turn: end with an answer"
-            )
-        found = ANSWER.search(turns[-1]["content"])
-        if "answer" not in value and found:
-            value["answer"] = int(found.group(1))
-        (test if held_out(turns, 0.1, salt="test ") else train).append(value)
+    train, test, bad = [], [], [] if skip_bad else None
+    for number, value in read_jsonl(path, bad):
+        with tolerate(bad):
+            where = f"{path} line {number}"
+            if "conversations" not in value:
+                value = gsm8k_conversation(value, where)
+            turns = check_conversation(value, where)
+            if turns[-1]["role"] != "assistant":
+                raise ValueError(
+                    f"{where} ends with the {turns[-1]['role']}'s turn: end with an answer"
+                )
+            found = ANSWER.search(turns[-1]["content"])
+            if "answer" not in value and found:
+                value["answer"] = int(found.group(1))
+            (test if held_out(turns, 0.1, salt="test ") else train).append(value)
+    tell_bad_lines(path, bad)
     if not train or not test:
         raise ValueError(
             f"{path}: {len(train)} conversations for training and {len(test)} for the test "
@@ -109,7 +122,7 @@ def before_answer(turns: list[dict]) -> list[dict]:
 def reasoning_lines(args) -> dict[str, list[dict]]:
     """What reason_train, reason_prompts and reason_test.jsonl hold."""
     if args.reason is not None:
-        train, test = user_reasoning(args.reason)
+        train, test = user_reasoning(args.reason, args.skip_bad)
         prompts = [{**v, "conversations": before_answer(v["conversations"])} for v in train]
         return {"train": train, "prompts": prompts, "test": test}
     counts = {"train": args.problems, "prompts": args.prompts, "test": args.test_problems}
@@ -133,7 +146,7 @@ def main(args) -> None:
     if args.text is not None:
         documents = text_files(args.text)
     elif args.jsonl is not None:
-        documents = jsonl_texts(args.jsonl)
+        documents = jsonl_texts(args.jsonl, args.skip_bad)
     else:
         documents = shakespeare(args.cache)
     training, validation = split_documents(documents, args.val_share)

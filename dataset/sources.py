@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from run.files import atomic_path
@@ -92,10 +93,11 @@ def text_files(path: Path) -> list[tuple[str, str]]:
     return [(str(p.relative_to(path)), read_text(p)) for p in files]
 
 
-def read_jsonl(path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path, bad: list[str] | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) of a jsonl file; blank lines are passed over.
 
-    Raises ValueError with the line number where a line is not a JSON object.
+    Raises ValueError with the line number where a line is not a JSON object, or, with a list
+    `bad`, adds the message to it and goes on.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,31 +108,66 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"))
-                if b"\\ud" in line.lower():  # half of a surrogate pair is not text
-                    json.dumps(value, ensure_ascii=False).encode("utf-8")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path} line {number} is not valid JSON ({error}): mend or remove the line"
-                ) from None
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"{path} line {number} must be a JSON object, not a {type(value).__name__}"
-                )
+                value = parse_line(line, f"{path} line {number}")
+            except ValueError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+                continue
             found = True
             yield number, value
     if not found:
         raise ValueError(f"{path} is empty: it needs at least one JSON object, one a line")
 
 
-def jsonl_texts(path: Path) -> list[tuple[str, str]]:
+def parse_line(line: bytes, where: str) -> dict:
+    """The JSON object of one line. Raises ValueError naming `where`."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # half of a surrogate pair is not text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, not a {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def tolerate(bad: list[str] | None) -> Iterator[None]:
+    """Add a ValueError's message to `bad`, where there is such a list."""
+    try:
+        yield
+    except ValueError as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
+
+
+def tell_bad_lines(path, bad: list[str] | None, shown: int = 3) -> None:
+    """Print how many lines were left out, and what is wrong with the first ones."""
+    if bad:
+        lines = "line was" if len(bad) == 1 else "lines were"
+        print(f"{path}: {len(bad)} bad {lines} left out:")
+        for message in bad[:shown]:
+            print(f"  {message}")
+        if len(bad) > shown:
+            print(f"  and {len(bad) - shown} more")
+
+
+def jsonl_texts(path: Path, skip_bad: bool = False) -> list[tuple[str, str]]:
     """MiniMind's pretraining jsonl, {"text": ...} a line, as (line name, text)."""
-    documents = []
-    for number, value in read_jsonl(path):
-        text = value.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'{path} line {number} needs a non-empty "text": {{"text": "..."}}')
-        documents.append((f"line {number}", text))
+    documents, bad = [], [] if skip_bad else None
+    for number, value in read_jsonl(path, bad):
+        with tolerate(bad):
+            text = value.get("text")
+            if not isinstance(text, str) or not text.strip():
+                where = f"{path} line {number}"
+                raise ValueError(f'{where} needs a non-empty "text": {{"text": "..."}}')
+            documents.append((f"line {number}", text))
+    tell_bad_lines(path, bad)
+    if not documents:
+        raise ValueError(f"{path}: every line is bad, nothing is left to learn from")
     return documents
 
 

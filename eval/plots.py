@@ -210,14 +210,20 @@ def draw_reasoning(results: Path, figure) -> None:
                 capsize=3,
                 label=f"{arm} ({parameters(groups[arm][0], 'student_params')})",
             )
-    gain = spread(groups["traces, tag 10"], "accuracy_3")[0]
-    gain -= spread(groups["answers alone"], "accuracy_3")[0]
+    answers = spread(groups["answers alone"], "accuracy_3")[0]
+    gains = [
+        100 * (spread(groups[f"traces, tag {weight}"], "accuracy_3")[0] - answers)
+        for weight in (1, 10)
+    ]
     axis.axvspan(4.5, 5.3, color=GREY, alpha=0.12, linewidth=0)
     axis.text(4.9, 101, "never trained", ha="center", fontsize=9, color=GREY)
     axis.set_xticks(range(1, 6))
     axis.set_ylim(-2, 107)
     axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows), fontsize=9)
-    title = f"At 3 steps, writing the steps is worth {100 * gain:+.0f} points over answers alone"
+    title = (
+        f"At 3 steps, writing the steps is worth {gains[0]:+.0f} points over answers alone,\n"
+        f"{gains[1]:+.0f} where the tags weigh 10 times as much as the words"
+    )
     finish(axis, title, "steps of the problem", "exact answers (% of held-out problems)")
 
 

@@ -372,6 +372,28 @@ def test_bad_input(number, prepared_folder, teacher, tmp_path, monkeypatch, caps
     assert snapshot(tmp_path, prepared_folder, teacher) == before
 
 
+@pytest.mark.parametrize("script", [CHAT, REASON])
+def test_bad_lines_are_counted_and_left_out(script, prepared_folder, teacher, tmp_path, capsys):
+    """The same weights as without them; the first three are shown."""
+    bad = ["{", '{"a": 1}', line(("robot", "hi")), line(("u", "?")), "[]"]
+    lines = GOOD.splitlines(keepends=True)
+    mixed = "".join(lines[:40]) + "\n".join(bad) + "\n" + "".join(lines[40:])
+    weights = []
+    for name, content, more in (("good", GOOD, ""), ("mixed", mixed, "--skip_bad")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text(content, "utf-8")
+        command = f"{script} {more} --out {tmp_path}/{name}/out"
+        command = command.replace("{in}", f"{tmp_path}/{name}")
+        command = command.format(data=prepared_folder, teacher=teacher)
+        module = COMMANDS[command.split()[0]]
+        module.main(module.parse_args(command.split()[1:]))
+        weights.append((tmp_path / name / "out" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    said = capsys.readouterr().out
+    assert "5 bad lines were left out:" in said and "and 2 more" in said
+    assert said.count("line 41 is not valid JSON") == 1
+
+
 # Hostile files.
 
 
