@@ -212,7 +212,8 @@ def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperatu
     log_probs = logits.log_softmax(-1)  # log q
     if ce_weights is not None:
         labels = labels.clamp(min=0)[:, None]  # an ignored label's weight is 0
-        loss = -(ce_weights * log_probs.gather(-1, labels)[:, 0]).sum()
+        chosen = log_probs.gather(-1, labels)[:, 0]
+        loss = -torch.where(ce_weights > 0, ce_weights * chosen, 0.0).sum()
     if kl_weights is None:
         gradient = log_probs.exp_().mul_(ce_weights[:, None])
     else:
@@ -238,7 +239,7 @@ def dense_kl(log_probs, teacher_logits, slope, share):
     """KL(p || q) of every token (C,), and share * q - slope * p (C, V), which replaces log q."""
     teacher_log_probs = teacher_logits.log_softmax(-1)
     teacher_probs = teacher_log_probs.exp()
-    difference = teacher_log_probs.sub_(log_probs)
+    difference = teacher_log_probs.sub_(log_probs).masked_fill_(teacher_probs == 0, 0.0)
     per_token = torch.bmm(teacher_probs[:, None], difference[:, :, None]).flatten()
     probs = log_probs.exp_().mul_(share[:, None])
     return per_token, probs.addcmul_(teacher_probs, slope[:, None], value=-1.0)
@@ -253,7 +254,7 @@ def sparse_kl(log_probs, teacher: SparseTeacher, slope, share):
     """
     ids, probs = teacher.ids.long(), teacher.probs.to(log_probs.dtype)
     chosen = log_probs.gather(-1, ids)
-    per_token = -(probs * chosen).sum(-1)
+    per_token = -torch.where(probs > 0, probs * chosen, 0.0).sum(-1)  # 0 log 0 = 0
     student_probs = chosen.exp()
     gradient = log_probs.exp_()
     if teacher.tail is None:
@@ -263,7 +264,7 @@ def sparse_kl(log_probs, teacher: SparseTeacher, slope, share):
     tail = teacher.tail.to(probs.dtype)
     student_tail = (1 - student_probs.sum(-1)).clamp(min=1e-6)
     per_token = per_token + torch.xlogy(probs, probs).sum(-1)
-    per_token = per_token + torch.xlogy(tail, tail) - tail * student_tail.log()
+    per_token = per_token + torch.xlogy(tail, tail) - torch.xlogy(tail, student_tail)
     ratio = tail / student_tail
     gradient.mul_((share - slope * ratio)[:, None])
     return per_token, gradient.scatter_add_(

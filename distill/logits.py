@@ -77,7 +77,10 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
         teacher_logits, student_logits = teacher_logits / temperature, student_logits / temperature
     teacher_log_probs = teacher_logits.log_softmax(-1)
     student_log_probs = student_logits.log_softmax(-1)
-    return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(-1)
+    teacher_probs = teacher_log_probs.exp()
+    terms = teacher_probs * (teacher_log_probs - student_log_probs)
+    # 0 log 0 = 0: a token that the teacher rules out (a logit of -inf) adds nothing.
+    return torch.where(teacher_probs > 0, terms, terms.new_zeros(())).sum(-1)
 
 
 def distillation_loss(
