@@ -17,10 +17,18 @@ from pathlib import Path
 
 from . import parallel
 
+# What torch.save and safetensors say instead of OSError where a disk is full.
+WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "I/O error")
+# What torch says where memory is, on a CPU and on a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+
 
 @contextmanager
 def atomic_path(path) -> Iterator[Path]:
-    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed."""
+    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed.
+
+    Raises OSError naming `p` where the disk does not take it; what was at `p` is then unchanged.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -30,6 +38,14 @@ def atomic_path(path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or any(words in str(error) for words in WRITE_FAILED):
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"{path} could not be written ({reason}): make room on its disk, or choose "
+                "another; what was there before is unchanged"
+            ) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -141,23 +157,28 @@ def command_line(main, args=None) -> None:
 
     Of several processes the first one to fail prints it.
     """
-    code = 0
+    code, message = 0, None
     try:
         main(args)
     except Finished as reason:
         print(reason)
     except (ValueError, OSError) as error:
-        code = 2
-        if parallel.speaks():
-            print(f"error: {error}", file=sys.stderr)
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt as stop:
-        code = 130
-        if parallel.speaks():
-            print(str(stop) or "stopped", file=sys.stderr)
-    except Exception:
-        if parallel.world_size() == 1:
+        code, message = 130, str(stop) or "stopped"
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            code, message = (
+                2,
+                (
+                    "error: out of memory: lower --batch_size or --seq_len, raise --accumulation_steps, "
+                    f"or take a smaller model ({(str(error) or 'MemoryError').splitlines()[0][:200]})"
+                ),
+            )
+        elif parallel.world_size() == 1:
             raise
-        code = 1
-        if parallel.speaks():
-            traceback.print_exc()
+        else:
+            code, message = 1, traceback.format_exc()
+    if message is not None and parallel.speaks():
+        print(message, file=sys.stderr)
     parallel.leave(code)

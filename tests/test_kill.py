@@ -120,3 +120,31 @@ def test_killed_and_started_again(name, kills, prepared_folder, teacher, tmp_pat
         assert code == 0, f"killed after {moments} s\n{log.read()[-3000:]}"
         results.append(result_of(name, out))
     assert results[0] == results[1], f"killed after {moments} s of {seconds}"
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size there")
+@pytest.mark.parametrize("limit", [500, 20_000, 300_000, 600_000])
+def test_a_full_disk_loses_nothing(limit, prepared_folder, tmp_path):
+    """A limit on the size of a file stands for the disk: config, tokenizer, weights and resume
+    state fail in turn. Afterwards the run goes on and ends as if nothing had happened."""
+    words = command_of("pretrain", prepared_folder, None, tmp_path / "run")
+    with open(tmp_path / "log", "w+") as log:
+        limited = start(["-c", LIMITED, limit, *words], tmp_path / "run", log)
+        assert limited.wait() == 2
+        log.seek(0)
+        said = log.read()
+        assert "could not be written" in said and "make room on its disk" in said
+        assert "Traceback" not in said
+        assert not list(tmp_path.glob("run/**/*.tmp"))
+        assert start([*words, "--resume"], tmp_path / "run", log).wait() == 0
+        words = command_of("pretrain", prepared_folder, None, tmp_path / "whole")
+        assert start(words, tmp_path / "whole", log).wait() == 0
+    assert result_of("pretrain", tmp_path / "run") == result_of("pretrain", tmp_path / "whole")

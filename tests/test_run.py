@@ -364,6 +364,20 @@ def test_nothing_left_to_do_is_no_mistake(capsys):
     assert "finished already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["tensor", "python"])
+def test_out_of_memory_says_what_to_lower(kind, capsys):
+    def main(args):
+        if kind == "tensor":
+            torch.empty(10**15, dtype=torch.float32)
+        raise MemoryError
+
+    with pytest.raises(SystemExit) as stopped:
+        command_line(main, None)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(said.splitlines()) == 1
+    assert "out of memory: lower --batch_size" in said
+
+
 def test_our_own_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         command_line(lambda args: 1 / 0, None)
