@@ -168,13 +168,9 @@ def command_line(main, args=None) -> None:
         code, message = 130, str(stop) or "stopped"
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-            code, message = (
-                2,
-                (
-                    "error: out of memory: lower --batch_size or --seq_len, raise --accumulation_steps, "
-                    f"or take a smaller model ({(str(error) or 'MemoryError').splitlines()[0][:200]})"
-                ),
-            )
+            reason = (str(error) or "MemoryError").splitlines()[0][:200]
+            cure = "lower --batch_size or --seq_len, raise --accumulation_steps, or take a smaller"
+            code, message = 2, f"error: out of memory ({reason}): {cure} model"
         elif parallel.world_size() == 1:
             raise
         else:
