@@ -381,10 +381,16 @@ def read_results(path: Path) -> dict[tuple, dict]:
 
 
 def write_results(path: Path, rows: list[dict]) -> None:
+    """Write rows, beside those of other groups and sizes that the file has from earlier calls."""
+    measured = {(row["group"], row["size"]) for row in rows}
+    if path.is_file():
+        earlier = read_results(path).values()
+        rows = [r for r in earlier if (r["group"], r["size"]) not in measured] + rows
     with (
         atomic_path(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
+        rows = sorted(rows, key=lambda row: list(GROUPS).index(row["group"]))
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

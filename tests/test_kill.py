@@ -122,6 +122,25 @@ def test_killed_and_started_again(name, kills, prepared_folder, teacher, tmp_pat
     assert results[0] == results[1], f"killed after {moments} s of {seconds}"
 
 
+def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
+    """Started at once in one folder: every row once, every run made once."""
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    (tmp_path / "out" / "tiny" / "data").symlink_to(prepared_folder)
+    with open(tmp_path / "log", "w+") as log:
+        words = [str(tmp_path / "sweep.py")]
+        both = [start(words, tmp_path / "out", log) for _ in range(2)]
+        codes = [process.wait(timeout=300) for process in both]
+        log.seek(0)
+        said = log.read()
+    assert codes == [0, 0], said[-3000:]
+    with open(tmp_path / "results" / "headline" / "results.csv", newline="") as file:
+        rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "01"})
+    finals = said.count("perplexity")
+    assert finals == 4, said[-3000:]  # nano is both teacher and plain student here
+
+
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)

@@ -235,6 +235,19 @@ def test_the_benchmark_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("of before (ratio") == len(rows)
 
 
+def test_groups_measured_apart_stand_in_one_file(tmp_path):
+    def row(group, size, variant, speed):
+        return {**dict.fromkeys(benchmark.COLUMNS, ""), "group": group, "size": size,
+                "variant": variant, "tokens_per_second": speed}  # fmt: skip
+
+    path = tmp_path / "results.csv"
+    benchmark.write_results(path, [row("loss", "a", "plain", 1), row("loss", "a", "fused", 2)])
+    benchmark.write_results(path, [row("pretraining", "a", "float32", 3)])
+    benchmark.write_results(path, [row("loss", "a", "plain", 4)])
+    got = [(k, int(v["tokens_per_second"])) for k, v in benchmark.read_results(path).items()]
+    assert got == [(("pretraining", "a", "float32"), 3), (("loss", "a", "plain"), 4)]
+
+
 def test_bad_benchmark_flags(tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     for words, message in (
