@@ -22,11 +22,8 @@ Shapes: B batch, S sequence, V vocabulary, N tokens, D width.
 import argparse
 import contextlib
 import csv
-import ctypes
-import gc
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +48,7 @@ from run.setup import (
     autocast,
     available_cores,
     choose_device,
+    give_back_memory,
     keep_freed_memory,
     peak_memory_mb,
     reset_peak_memory,
@@ -75,9 +73,7 @@ def synchronize(device) -> None:
 
 def memory_of(step: Callable[[], int], device) -> float | None:
     """MB that one step adds at its peak."""
-    gc.collect()
-    if sys.platform == "linux" and device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier steps left
+    give_back_memory()
     reset_peak_memory()
     before = (
         torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else peak_memory_mb(device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -105,6 +106,15 @@ def keep_freed_memory() -> None:
             trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
             libc.mallopt(mmap_threshold, 1 << 30)
             libc.mallopt(trim_threshold, 1 << 30)
+
+
+def give_back_memory() -> None:
+    """Return what is kept by `keep_freed_memory` to the system: between two runs of a sweep."""
+    gc.collect()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

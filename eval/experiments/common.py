@@ -17,7 +17,7 @@ from dataset.packing import PackedText
 from eval.metrics import evaluate
 from model import load_model
 from run.files import command_line, hold, release
-from run.setup import choose_device, keep_freed_memory
+from run.setup import choose_device, give_back_memory, keep_freed_memory
 
 from .jobs import Job, run_jobs
 from .scales import SCALES, Scale
@@ -210,6 +210,7 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
                 row = {"experiment": experiment.name, "arm": arm, "seed": seed}
                 append_row(path, {**row, **experiment.row_of(job)}, key=("arm", "seed"))
                 todo.remove(entry)
+                give_back_memory()  # the workers need it
 
     write_finished_rows()
     run_jobs([j for e, *_, job in todo for j in (e.beside(job), job)], write_finished_rows)

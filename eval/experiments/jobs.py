@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import run.folder
 from run.files import Finished, InUse, read_json
-from run.setup import available_cores
+from run.setup import available_cores, give_back_memory
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def execute(job: Job) -> None:
     """Run one job in this process; what it had begun before is resumed."""
     module = importlib.import_module(job.script)
     resumable = job.script.startswith("train_") and Path(job.out).is_dir()
+    give_back_memory()
     while True:
         try:
             module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
