@@ -33,7 +33,7 @@ def hours(operations: float, device: str) -> str:
     peak, share = DEVICES[device]
     value = operations / (peak * share) / 3600
     if value < 1:
-        return f"{60 * value:.0f} min"
+        return f"{60 * value:.0f} min" if value > 1 / 60 else "<1 min"
     return f"{value:.1f} h" if value < 48 else f"{value / 24:,.0f} d"
 
 

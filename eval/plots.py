@@ -216,7 +216,7 @@ def draw_reasoning(results: Path, figure) -> None:
         for weight in (1, 10)
     ]
     axis.axvspan(4.5, 5.3, color=GREY, alpha=0.12, linewidth=0)
-    axis.text(4.9, 101, "never trained", ha="center", fontsize=9, color=GREY)
+    axis.text(4.9, 45, "never trained", ha="center", fontsize=9, color=GREY)
     axis.set_xticks(range(1, 6))
     axis.set_ylim(-2, 107)
     axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows), fontsize=9)
