@@ -9,7 +9,7 @@ position the student is told V numbers instead of one, so it learns more from th
     python train_distillation.py                               # out/student, T = 1, alpha = 0.5
     python train_distillation.py --temperature 4 --alpha 0 --out out/soft
     python -m dataset.cache_teacher                            # pays the teacher for many students
-    python train_distillation.py --teacher_cache out/teacher/topk.cache --seed 1 --out out/student1
+    python train_distillation.py --teacher_cache out/teacher/sample.cache --seed 1 --out out/other
     python train_distillation.py --data chats.jsonl --student out/student --out out/chat
 
 alpha = 1 is plain training and never runs the teacher; alpha = 0 never reads the labels. --data is

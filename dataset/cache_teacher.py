@@ -1,14 +1,15 @@
 """Pay the teacher once: write what it says about every training window to a file.
 
-    python -m dataset.cache_teacher --teacher out/teacher                 # out/teacher/topk.cache
-    python train_distillation.py --teacher_cache out/teacher/topk.cache
+    python -m dataset.cache_teacher --teacher out/teacher               # out/teacher/sample.cache
+    python train_distillation.py --teacher_cache out/teacher/sample.cache
 
 Students of one teacher read the same windows whatever their seed, alpha or learning rate, and the
 teacher says the same about them every time. What to keep of it, for each token:
 
     topk     the k largest probabilities, and the mass of all others as one tail bucket. The KL
              knows nothing about the inside of the tail, so its gradient there is wrong: it only
-             scales the student's own guess. Cheap, biased.
+             scales the student's own guess. Cheap, and at a large vocabulary so biased that 64
+             numbers teach less than 4 of a sample (eval/experiments/cache.py).
     sample   k tokens drawn so that the gradient is right on average (after sparse logit sampling,
              Anshumann et al. 2025, 2503.16870). Cheap, unbiased, noisy.
     full     all V log-probabilities. Exact up to float16, at every temperature. Large.
@@ -92,7 +93,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=None, help="file to write [TEACHER/METHOD.cache]"
     )
-    parser.add_argument("--method", choices=METHODS, default="topk", help="what to keep of a token")
+    parser.add_argument(
+        "--method", choices=METHODS, default="sample", help="what to keep of a token"
+    )
     parser.add_argument("--k", type=int, default=64, help="of topk and sample: numbers a token, 1+")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="of topk and sample: 0.001 to 1000"

@@ -165,7 +165,7 @@ def test_the_file_holds_what_the_teacher_says(tmp_path, teacher, prepared_folder
 
 def test_temperature(tmp_path, teacher, prepared_folder):
     """Probabilities in the file are at its temperature; a run at another one is refused."""
-    write(teacher, prepared_folder, tmp_path / "hot", "--temperature", 4)
+    write(teacher, prepared_folder, tmp_path / "hot", "--temperature", 4, "--method", "topk")
     cache, text = open_cache(tmp_path / "hot", teacher, prepared_folder, temperature=4.0)
     ids, _ = text.take(np.array([3]))
     _, log_probs, _ = cache.take(np.array([3]))

@@ -97,7 +97,7 @@ def argv_of(name, prepared_folder, teacher) -> list:
         "distill": [train_distillation, "--teacher", teacher, "--data", prepared_folder, *SMALL],
         "cached": [
             *(train_distillation, "--teacher", teacher, "--data", prepared_folder, *SMALL),
-            *("--teacher_cache", f"{teacher}/topk.cache"),
+            *("--teacher_cache", f"{teacher}/sample.cache"),
         ],
         "chat": [train_distillation, "--teacher", teacher, *chats],
         "reason": [
