@@ -241,6 +241,8 @@ def draw_cache(results: Path, figure) -> None:
         sizes = [float(group[0]["bytes_per_token"]) for group in arms]
         style = {"color": colour, "marker": marker, "label": label}
         losses[kind] = points(left, sizes, arms, **style)
+        if kind == "sample":
+            style["label"] = "sample of k: mean of 32 draws"
         biases[kind] = points(right, sizes, arms, column="gradient_bias", **style)
         if kind == "sample":
             style.update(linestyle=":", markerfacecolor="white", label="sample of k: a single draw")
@@ -249,7 +251,10 @@ def draw_cache(results: Path, figure) -> None:
         axis.set_xscale("log", base=2)
         axis.legend(loc="best", framealpha=0.9, edgecolor="none", fontsize=9)
     right.set_yscale("log")
-    ticks = sorted({float(group[0]["bytes_per_token"]) for group in groups.values()})
+    ticks: list[float] = []
+    for size in sorted(float(group[0]["bytes_per_token"]) for group in groups.values()):
+        if not ticks or size > 1.1 * ticks[-1]:  # labels side by side would hide each other
+            ticks.append(size)
     for axis in (left, right):
         axis.set_xticks(ticks, [f"{size:g}" for size in ticks])
     gaps = {kind: max(values) - losses["hidden"][0] for kind, values in losses.items()}
