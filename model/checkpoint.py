@@ -46,12 +46,12 @@ def save_model(model: Transformer, folder, tokenizer_folder=None) -> None:
     )
     if tokenizer_folder is not None:
         copy_tokenizer(tokenizer_folder, folder)
-    manifest = folder / MANIFEST
-    with atomic_path(folder / "model.safetensors") as temporary:
+    weights = folder / "model.safetensors"
+    with atomic_path(weights) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
         # Before the new file takes its place: whichever of the two a crash leaves is known.
-        earlier = read_json(manifest)["sha256"][:1] if manifest.is_file() else []
-        write_json(manifest, {"sha256": [file_hash(temporary), *earlier]})
+        earlier = [file_hash(weights)] if weights.is_file() else []
+        write_json(folder / MANIFEST, {"sha256": [file_hash(temporary), *earlier]})
 
 
 def check_manifest(file: Path) -> None:
