@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import load_model
-from run.files import Finished, command_line, hold, release, write_json
+from run.files import Finished, command_line, hold, release, sync_folder, write_json
 from run.flags import check_ranges, new_parser
 from run.setup import autocast, choose_device, keep_freed_memory
 
@@ -205,6 +205,7 @@ def write(path: Path, header: dict, teacher, text, device, dtype: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
 
 
 @torch.no_grad()

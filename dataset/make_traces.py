@@ -14,12 +14,13 @@ a second call of the same command goes on after the last of them.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from model import load_model
-from run.files import command_line, hold, read_json, release, write_json
+from run.files import command_line, hold, read_json, release, sync_folder, write_json
 from run.flags import new_parser
 from run.setup import choose_device, keep_freed_memory
 
@@ -61,19 +62,11 @@ def main(args) -> dict:
     progress_path = args.out.with_name(args.out.name + ".progress.json")
     options = {k: str(v) for k, v in vars(args).items() if k not in ("out", "device")}
     options["tokenizer"] = tokenizer_hash(args.teacher)
-    progress = {"options": options, "problems": 0, "written": 0, "kept": 0, "bytes": 0}
-    if progress_path.is_file():
-        progress = read_json(progress_path)
-        if progress["options"] != options:
-            raise ValueError(
-                f"{args.out} was begun with other flags ({progress['options']}): use those, or "
-                "another --out"
-            )
-    elif args.out.exists():
-        raise ValueError(f"{args.out} exists and is not a trace file to go on with: pass another")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    progress = progress_so_far(args.out, progress_path, options)
+    write_json(progress_path, progress)  # before the file: a file without it is not ours
     with open(args.out, "ab") as file:
         file.truncate(progress["bytes"])  # what a killed call wrote after its last record
+        sync_folder(args.out.parent)
         while progress["problems"] < len(problems):
             first = progress["problems"]
             chunk = problems[first : first + CHUNK]
@@ -83,6 +76,7 @@ def main(args) -> dict:
                     progress["kept"] += 1
                     file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
             file.flush()
+            os.fsync(file.fileno())  # the record below must not outlive the lines in a power cut
             progress["problems"] = first + len(chunk)
             progress["bytes"] = file.tell()
             write_json(progress_path, progress)
@@ -96,6 +90,30 @@ def main(args) -> dict:
     record = {"args": options, **{k: progress[k] for k in ("problems", "written", "kept")}}
     write_json(args.out.with_name(args.out.name + ".finished.json"), record)
     release(args.out)
+    return progress
+
+
+def progress_so_far(out: Path, progress_path: Path, options: dict) -> dict:
+    """Where an earlier call of the same command stopped. Raises ValueError for another's file."""
+    nothing = {"options": options, "problems": 0, "written": 0, "kept": 0, "bytes": 0}
+    if not progress_path.is_file():
+        if out.exists():
+            raise ValueError(f"{out} exists and is not a trace file to go on with: pass another")
+        return nothing
+    progress = read_json(progress_path)
+    if progress.keys() != nothing.keys():
+        raise ValueError(f"{progress_path} is not the record of a trace file: delete it")
+    if progress["options"] != options:
+        raise ValueError(
+            f"{out} was begun with other flags ({progress['options']}): use those, or another --out"
+        )
+    if not out.exists():  # deleted: make it again
+        return nothing
+    if (size := out.stat().st_size) < progress["bytes"]:
+        raise ValueError(
+            f"{out} has {size:,} bytes, its record says {progress['bytes']:,}: delete it, and the "
+            "same command makes it again"
+        )
     return progress
 
 

@@ -7,9 +7,10 @@
     resume/                                               only while the run is unfinished
 
 The two newest states in resume/ hold everything that the next step depends on: weights, optimizer,
-step, best loss and the log so far; a manifest beside each has its sha256. Batches depend on (data,
-seed, step) alone, so the data position is the step, and a run that was killed and resumed ends with
-the same bits as one that was not.
+step, best loss and the log so far. Their names end in the first digits of their sha256, so that a
+state and its checksum appear in one rename. Batches depend on (data, seed, step) alone, so the data
+position is the step, and a run that was killed and resumed ends with the same bits as one that was
+not.
 """
 
 import csv
@@ -29,13 +30,14 @@ import torch
 from tqdm import tqdm
 
 from . import parallel, shards
-from .files import Finished, atomic_path, file_hash, hold, read_json, write_json
+from .files import Finished, atomic_path, file_hash, hold, read_json, sync_folder, write_json
 from .optim import Optimizer
 from .setup import peak_memory_mb
 
 LOG_EVERY = 10
 MOST_SKIPPED = 10  # in a row, with --on_nonfinite skip
 STATES_KEPT = 2  # the newest may be the one that the disk spoilt
+HASH_DIGITS = 16
 bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
@@ -82,7 +84,7 @@ class Run:
         self.save_model = save_model
         self.out = Path(args.out)
         self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        self.step = 0  # steps done
+        self.step, self.saved_step = 0, None  # steps done, and how many the newest state has
         self.tokens = 0  # labels learned from
         self.best_loss, self.best_step = float("inf"), 0
         self.earlier_seconds = 0.0
@@ -131,11 +133,11 @@ class Run:
                 )
 
     def load_newest_state(self) -> None:
-        """Go on from the newest state whose bytes are those that its manifest names."""
+        """Go on from the newest state whose bytes have the sha256 that its name tells."""
         folder, refused = self.out / "resume", []
         for path in sorted(folder.glob("state-*.pt"), reverse=True):
             try:
-                if file_hash(path) != read_json(path.with_suffix(".json"))["sha256"]:
+                if not file_hash(path).startswith(path.stem.split("-")[-1]):
                     raise ValueError("its bytes are not those that were written")
                 self.load_state(path)
             except (ValueError, KeyError, OSError) as error:
@@ -176,15 +178,16 @@ class Run:
             "flags": json.dumps(self.flags),
         }
         if parallel.is_main():
-            path = self.out / "resume" / f"state-{self.step:09d}.pt"
-            with atomic_path(path) as temporary:
+            written = self.out / "resume" / "state.new"
+            with atomic_path(written) as temporary:
                 torch.save(state, temporary)
-            manifest = {"step": self.step, "bytes": path.stat().st_size, "sha256": file_hash(path)}
-            write_json(path.with_suffix(".json"), manifest)
-            for old in sorted(path.parent.glob("state-*.pt"))[:-STATES_KEPT]:
+            digits = file_hash(written)[:HASH_DIGITS]
+            written.replace(written.with_name(f"state-{self.step:09d}-{digits}.pt"))
+            sync_folder(written.parent)
+            for old in sorted(written.parent.glob("state-*.pt"))[:-STATES_KEPT]:
                 old.unlink()
-                old.with_suffix(".json").unlink(missing_ok=True)
             self.write_log()
+        self.saved_step = self.step
         parallel.barrier()  # whoever goes on, or ends, finds it written
 
     # The loop.
@@ -216,7 +219,8 @@ class Run:
                     self.bar.update()
                     if parallel.any_rank(self.stop_signal is not None):
                         self.check_finite()
-                        self.save_state()
+                        if self.saved_step != self.step:
+                            self.save_state()
                         raise KeyboardInterrupt(
                             f"saved at step {self.step}; go on with the same command and --resume"
                         )

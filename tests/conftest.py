@@ -47,3 +47,15 @@ def prepared_folder(tmp_path_factory):
     flags += ["--problems", 150, "--prompts", 20, "--test_problems", 20]
     prepare.main(prepare.parse_args([str(flag) for flag in flags]))
     return out
+
+
+@pytest.fixture(scope="session")
+def kill_teacher(prepared_folder, tmp_path_factory):
+    """A small teacher, trained by its script in a process of its own. Read-only."""
+    from tests.test_kill import command_of, start
+
+    folder = tmp_path_factory.mktemp("kill")
+    with open(folder / "log", "w") as log:
+        words = command_of("pretrain", prepared_folder, None, folder / "teacher")
+        assert start(words, folder / "teacher", log).wait() == 0
+    return folder / "teacher"

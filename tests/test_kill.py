@@ -79,19 +79,10 @@ def result_of(name: str, out: Path):
     return log, weights, json.loads((out / "run.json").read_text())["metrics"]
 
 
-@pytest.fixture(scope="module")
-def teacher(prepared_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kill")
-    with open(folder / "log", "w") as log:
-        words = command_of("pretrain", prepared_folder, None, folder / "teacher")
-        assert start(words, folder / "teacher", log).wait() == 0
-    return folder / "teacher"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["pretrain", "distill", "reason", "traces", "cache", "sweep"])
-def test_killed_and_started_again(name, kills, prepared_folder, teacher, tmp_path):
+def test_killed_and_started_again(name, kills, prepared_folder, kill_teacher, tmp_path):
     rng = random.Random(f"{name} {kills} {time.time_ns()}")
     results, seconds = [], None
     for label in ("whole", "killed"):
@@ -101,7 +92,7 @@ def test_killed_and_started_again(name, kills, prepared_folder, teacher, tmp_pat
         if name == "sweep":
             (out.parent / "out" / "tiny").mkdir(parents=True)
             (out.parent / "out" / "tiny" / "data").symlink_to(prepared_folder)
-        words = command_of(name, prepared_folder, teacher, out)
+        words = command_of(name, prepared_folder, kill_teacher, out)
         log = open(out.parent / "log", "w+")
         moments = []
         for _ in range(kills if label == "killed" else 0):
