@@ -59,6 +59,7 @@ def compute_loss(
     weights: Tensor,
     temperature: float,
     alpha: float,
+    compiled: bool = False,
 ) -> Tensor:
     """Weighted cross-entropy, mixed with the KL where there is a teacher; a scalar.
 
@@ -67,7 +68,14 @@ def compute_loss(
     """
     alpha = 1.0 if teacher is None else alpha
     return fused_mixed_loss(
-        student_hidden, student_head, teacher, labels, weights, temperature, alpha
+        student_hidden,
+        student_head,
+        teacher,
+        labels,
+        weights,
+        temperature,
+        alpha,
+        compiled=compiled,
     )
 
 
@@ -194,6 +202,7 @@ def main(args) -> dict:
                     weight,
                     args.temperature,
                     args.alpha,
+                    args.compile,
                 )
             part.backward()
             loss += part.detach()

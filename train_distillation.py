@@ -52,6 +52,7 @@ def compute_loss(
     labels: Tensor,
     temperature: float,
     alpha: float,
+    compiled: bool = False,
 ) -> Tensor:
     """alpha * CE + (1 - alpha) * T^2 * KL, a scalar; both halves are means over labels not -100.
 
@@ -59,8 +60,9 @@ def compute_loss(
     same tokens. The value of mixed_loss(student_logits, teacher_logits, ...) in distill/logits.py,
     where the formula stands in six lines; distill/fused.py never holds all of the logits at once.
     """
+    mask = labels != -100
     return fused_mixed_loss(
-        student_hidden, student_head, teacher, labels, labels != -100, temperature, alpha
+        student_hidden, student_head, teacher, labels, mask, temperature, alpha, compiled=compiled
     )
 
 
@@ -193,6 +195,7 @@ def main(args) -> dict:
                     targets,
                     args.temperature,
                     args.alpha,
+                    args.compile,
                 )
             part.backward()
             loss += part.detach()

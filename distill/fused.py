@@ -29,6 +29,7 @@ Shapes: N tokens, C tokens of a chunk, V vocabulary, D width of the student, E o
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from .logits import IGNORE, check_alpha, check_temperature
 
-CHUNK = 256  # tokens
+CHUNK, CHUNK_LOGITS = 256, 2**20  # a chunk: so many tokens, or more at a small vocabulary
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ def fused_mixed_loss(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     alpha: float = 0.5,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, equal to `mixed_loss` of the logits.
 
     student_hidden (B, S, D), student_head (V, D). teacher: HiddenTeacher, SparseTeacher or logits
     (B, S, V), never given a gradient; None at alpha = 1. labels (B, S), -100 is ignored; None at
     alpha = 0. mask (B, S): valid tokens, or their weights. chunk: tokens that have logits at once.
+    compiled: what a chunk computes between its matrix products becomes a few passes over memory.
     Under autocast the heads multiply in its precision; softmax, loss and sums stay float32.
     Raises ValueError like `mixed_loss`.
     """
@@ -120,7 +123,8 @@ def fused_mixed_loss(
         ce_weights,
         kl_weights,
         temperature,
-        chunk,
+        chunk or max(CHUNK, CHUNK_LOGITS // len(student_head)),
+        compiled_loss_and_gradient() if compiled else loss_and_gradient,
     )
 
 
@@ -151,7 +155,9 @@ class FusedMixedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher, labels, ce_weights, kl_weights, temperature, chunk):
+    def forward(
+        ctx, hidden, head, teacher, labels, ce_weights, kl_weights, temperature, chunk, of_logits
+    ):
         device = hidden.device.type
         # In autocast's precision: matrices multiply in `low`, everything else is `high`.
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
@@ -165,7 +171,7 @@ class FusedMixedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 hidden_low = hidden[rows].to(low)
-                part, logits_grad = loss_and_gradient(
+                part, logits_grad = of_logits(
                     F.linear(hidden_low, head_low).to(high),
                     teacher_chunk(teacher, rows, low, high),
                     None if ce_weights is None else labels[rows],
@@ -190,7 +196,7 @@ class FusedMixedLoss(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * grad.to(hidden_grad),
             None if head_grad is None else head_grad * grad.to(head_grad),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
@@ -233,6 +239,11 @@ def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperatu
     if ce_weights is not None:
         gradient.scatter_add_(-1, labels, -ce_weights[:, None])
     return loss, gradient
+
+
+@cache
+def compiled_loss_and_gradient():
+    return torch.compile(loss_and_gradient)
 
 
 def dense_kl(log_probs, teacher_logits, slope, share):

@@ -194,21 +194,23 @@ def distillation(sizes: str, device, compiles: bool) -> tuple[Variants, dict[str
         with torch.no_grad(), autocast(device, dtype):
             return teacher_bodies[compiled](bench.input_ids)
 
-    def fused(hidden, says):
-        return fused_mixed_loss(hidden, student.lm_head.weight, says, labels)
+    def fused(hidden, says, compiled):
+        return fused_mixed_loss(hidden, student.lm_head.weight, says, labels, compiled=compiled)
 
     losses = {
         "plain": lambda hidden, compiled: mixed_loss(
             student.lm_head(hidden), teacher.lm_head(teacher_body(compiled)), labels
         ),
         "fused": lambda hidden, compiled: fused(
-            hidden, HiddenTeacher(teacher_body(compiled), head)
+            hidden, HiddenTeacher(teacher_body(compiled), head), compiled
         ),
         "fused, bfloat16 teacher": lambda hidden, compiled: fused(
-            hidden, HiddenTeacher(teacher_body(compiled, "bfloat16"), head)
+            hidden, HiddenTeacher(teacher_body(compiled, "bfloat16"), head), compiled
         ),
-        "fused, cached hidden": lambda hidden, compiled: fused(hidden, HiddenTeacher(cached, head)),
-        f"fused, cached top {K}": lambda hidden, compiled: fused(hidden, sparse),
+        "fused, cached hidden": lambda hidden, compiled: fused(
+            hidden, HiddenTeacher(cached, head), compiled
+        ),
+        f"fused, cached top {K}": lambda hidden, compiled: fused(hidden, sparse, compiled),
         "no teacher": lambda hidden, compiled: weighted_cross_entropy(
             student.lm_head(hidden), labels
         ),

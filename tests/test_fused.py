@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset.cache_teacher import top_k
 from distill import HiddenTeacher, SparseTeacher, fused_mixed_loss, mixed_loss
 from distill.fused import CHUNK
 from run.setup import peak_memory_mb, reset_peak_memory
+from run.speed import compiler_for
 
 B, S, V, D, E = 3, 7, 50, 12, 20
 
@@ -192,6 +194,20 @@ def test_compiled():
 
     compiled = torch.compile(loss, backend="aot_eager")
     assert_same(loss(hidden, head), compiled(hidden, head), (hidden, head), 1e-5)
+
+
+@pytest.mark.skipif(not compiler_for(torch.device("cpu")), reason="no C++ compiler here")
+def test_compiled_chunks():
+    """All kinds of teacher; the last chunk is shorter than the others."""
+    hidden, head, teacher, labels = tensors(dtype=torch.float32)
+    ids, probs, rest = top_k(logits_of(teacher).log_softmax(-1), 4)
+    sparse = SparseTeacher(ids, probs.exp(), tail=rest.exp())
+    for says, temperature, alpha in ((teacher, 2.0, 0.5), (sparse, 1.0, 0.3), (None, 1.0, 1.0)):
+        loss, compiled = (
+            fused_mixed_loss(hidden, head, says, labels, None, temperature, alpha, 5, flag)
+            for flag in (False, True)
+        )
+        assert_same(loss, compiled, (hidden, head), 1e-5)
 
 
 @pytest.mark.skipif(peak_memory_mb(torch.device("cpu")) is None, reason="no peak memory here")
