@@ -67,7 +67,9 @@ def main(args) -> dict:
     # 3. Model.
     student = place(make_or_load(args.model, text.vocab_size), device, args)
     settle_speed(args, device, student)
-    forward = torch.compile(student) if args.compile else student
+    forward, loss_of = student, compute_loss
+    if args.compile:
+        forward, loss_of = torch.compile(student), torch.compile(compute_loss)
     # 4. Optimizer: Muon and AdamW; the schedule is warm-up and cosine.
     optimizer = Optimizer(student, args)
     # 5. Resume, if asked to: weights, optimizer and step return to where they were.
@@ -82,7 +84,7 @@ def main(args) -> dict:
         ):
             with autocast(device, args.dtype):
                 logits = forward(ids.to(device, non_blocking=True))  # (B, S, V)
-            part = share * compute_loss(logits, targets.to(device, non_blocking=True))
+            part = share * loss_of(logits, targets.to(device, non_blocking=True))
             part.backward()
             loss += part.detach()
         if run.update(loss, labels.numel(), input_ids):

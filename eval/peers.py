@@ -4,10 +4,10 @@
     python -m eval.benchmark --only distillation --peers
 
 GKDTrainer (Agarwal et al. 2023, 2306.13649) with beta = 0 and lmbda = 0 is forward KL on given
-text, which is our alpha = 0. Both models are transformers' Llama of our exact shape, and every batch
-is ready in memory. Timed are
+text, which is our alpha = 0. Both models are transformers' Llama of our exact shape, and every
+batch is ready in memory. Timed are
 
-    TRL GKD, train()         30 steps as its user has them: loop, clipping, AdamW, log; no checkpoint
+    TRL GKD, train()         30 steps as a user has them: loop, clipping, AdamW, log
     TRL GKD, training_step   its forward and backward pass alone, and an AdamW step of ours
 """
 

@@ -48,6 +48,19 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(query key^T / sqrt(d)) value, causal where there is no mask: (B, H, S, d) each."""
+    device = query.device.type
+    if device == "cpu" and query.requires_grad:
+        # On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32.
+        with torch.autocast(device, enabled=False):
+            query, key, value = query.float(), key.float(), value.float()
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None
+            )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -86,9 +99,7 @@ class Attention(nn.Module):
         if group > 1:
             key = key.repeat_interleave(group, dim=1)
             value = value.repeat_interleave(group, dim=1)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
-        )
+        mixed = attend(query, key, value, mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))
 
 

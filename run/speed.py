@@ -1,7 +1,7 @@
 """Precision and compilation, settled by a short measurement where the user does not settle them.
 
 bfloat16 halves what a matrix product reads, and some processors multiply it several times as fast;
-but small matrices are bound by other things, and there the conversions cost more than they save.
+others know it not at all, and convert every number twice.
 torch.compile saves a part of every step and takes up to a minute first. Neither follows from the
 name of a machine, so forward and backward of a few tokens are timed, for about a second.
 
@@ -19,8 +19,7 @@ from . import parallel
 from .folder import earlier_flags
 from .setup import autocast
 
-SMALLEST_FOR_BFLOAT16 = 1_500_000  # parameters; below it was never faster on a CPU
-SMALLEST_TEACHER = 800_000  # the same for a forward pass alone
+SMALLEST_FOR_BFLOAT16 = 150_000  # parameters; on a CPU smaller models are not worth a measurement
 GAIN_NEEDED = 0.9  # of float32's time: a tie must not make two runs of one command differ
 COMPILE_SECONDS, COMPILE_SAVES = 60, 0.1  # what it costs; the least share of a step that it saves
 TOKENS = 512  # of the measurement
@@ -46,11 +45,9 @@ def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -
     input_ids = torch.arange(TOKENS // S * S, device=device).view(-1, S)
     input_ids %= student.config.vocab_size
     told = []
-    args.dtype, seconds = faster(student, input_ids, args.dtype, SMALLEST_FOR_BFLOAT16, told)
+    args.dtype, seconds = faster(student, input_ids, args.dtype, told)
     if teacher is not None:
-        args.teacher_dtype, more = faster(
-            teacher, input_ids, args.teacher_dtype, SMALLEST_TEACHER, told
-        )
+        args.teacher_dtype, more = faster(teacher, input_ids, args.teacher_dtype, told)
         seconds += more
     else:
         args.teacher_dtype = args.dtype
@@ -62,15 +59,14 @@ def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -
         print(f"{input_ids.numel()} tokens: {'; '.join(told)}; {compiled}")
 
 
-def faster(model, input_ids, dtype: str, smallest: int, told: list[str]) -> tuple[str, float]:
+def faster(model, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:
     """The precision to use and its seconds, for forward (and backward, where the model learns).
 
-    dtype: "auto", or the only one to time. smallest: parameters from which bfloat16 is tried on a
-    CPU. told: gets a line about it.
+    dtype: "auto", or the only one to time. told: gets a line about it.
     """
     device = input_ids.device
     tried = [dtype] if dtype != "auto" else ["float32"]
-    worth_a_try = device.type == "cuda" or model.num_parameters() >= smallest
+    worth_a_try = device.type == "cuda" or model.num_parameters() >= SMALLEST_FOR_BFLOAT16
     if dtype == "auto" and device.type != "mps" and worth_a_try:
         tried.append("bfloat16")
     times = {name: parallel.of_main(measure(model, input_ids, name)) for name in tried}
@@ -82,10 +78,10 @@ def faster(model, input_ids, dtype: str, smallest: int, told: list[str]) -> tupl
 
 
 def measure(model, input_ids: Tensor, dtype: str) -> float:
-    """Seconds for a pass over input_ids (B, S): the faster of two, after one to warm up."""
+    """Seconds for a pass over input_ids (B, S): the fastest of four, after one to warm up."""
     learns = any(parameter.requires_grad for parameter in model.parameters())
     tries = []
-    for _ in range(3):
+    for _ in range(5):
         started = time.perf_counter()
         with autocast(input_ids.device, dtype), torch.set_grad_enabled(learns):
             logits = model.lm_head(model.model(input_ids))

@@ -60,6 +60,13 @@ def start(words, out: Path, log) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=cwd, env=environment, stdout=log, stderr=log)
 
 
+def prepare_sweep(folder: Path, data: Path) -> None:
+    """Its data, and the precision that it would otherwise measure, once for each folder."""
+    folder.mkdir(parents=True)
+    (folder / "data").symlink_to(data)
+    (folder / "precision.json").write_text('{"dtype": "float32"}')
+
+
 def result_of(name: str, out: Path):
     """What must not depend on kills."""
     if name == "traces":
@@ -116,8 +123,7 @@ def test_killed_and_started_again(name, kills, prepared_folder, kill_teacher, tm
 def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
     """Started at once in one folder: every row once, every run made once."""
     (tmp_path / "sweep.py").write_text(SWEEP)
-    (tmp_path / "out" / "tiny").mkdir(parents=True)
-    (tmp_path / "out" / "tiny" / "data").symlink_to(prepared_folder)
+    prepare_sweep(tmp_path / "out" / "tiny", prepared_folder)
     with open(tmp_path / "log", "w+") as log:
         words = [str(tmp_path / "sweep.py")]
         both = [start(words, tmp_path / "out", log) for _ in range(2)]

@@ -84,7 +84,6 @@ def timed(monkeypatch, **seconds):
     """Let `measure` find these seconds; it is asked for no other precision."""
     monkeypatch.setattr(speed, "measure", lambda model, ids, dtype: seconds[dtype])
     monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 0 if "bfloat16" in seconds else 10**9)
-    monkeypatch.setattr(speed, "SMALLEST_TEACHER", 0 if "bfloat16" in seconds else 10**9)
 
 
 @pytest.mark.parametrize(

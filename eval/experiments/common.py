@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from dataset.packing import PackedText
 from eval.metrics import evaluate
-from model import load_model
-from run.files import command_line, hold, release
+from model import ModelConfig, Transformer, load_model
+from run.files import command_line, hold, read_json, release, write_json
 from run.setup import choose_device, give_back_memory, keep_freed_memory
+from run.speed import faster
 
 from .jobs import Job, run_jobs
 from .scales import SCALES, Scale
@@ -36,6 +39,28 @@ def data_folder(scale: Scale) -> str:
     return f"{root(scale)}/data"
 
 
+@lru_cache
+def precision(scale: Scale) -> str:
+    """--dtype of all runs of a preset in this folder, so that their rows compare.
+
+    The first experiment measures which is faster for the student, on one thread as the workers
+    have; out/PRESET/precision.json keeps the answer.
+    """
+    path = Path(root(scale)) / "precision.json"
+    hold(path, wait=True)
+    if not path.is_file():
+        student = Transformer(ModelConfig.preset(scale.student, scale.vocab_size))
+        input_ids = torch.arange(4 * scale.seq_len).view(4, -1) % scale.vocab_size
+        threads, told, device = torch.get_num_threads(), [], choose_device("auto")
+        torch.set_num_threads(1)
+        dtype, _ = faster(student.to(device), input_ids.to(device), "auto", told)
+        torch.set_num_threads(threads)
+        write_json(path, {"dtype": dtype, "measured": told[0]})
+        print(f"all runs in {root(scale)}: --dtype {dtype} ({told[0]})")
+    release(path)
+    return read_json(path)["dtype"]
+
+
 # Jobs.
 
 
@@ -47,6 +72,7 @@ def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) 
         ("seq_len", scale.seq_len),
         ("data_share", float(share * scale.text_share)),
         ("seed", seed),
+        ("dtype", precision(scale)),
     )
 
 
