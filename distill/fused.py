@@ -39,6 +39,8 @@ from .logits import IGNORE, check_alpha, check_temperature
 
 CHUNK, CHUNK_LOGITS = 256, 2**20  # a chunk: so many tokens, or more at a small vocabulary
 
+HUGE = 1e30  # stands for infinity where it is multiplied by 0
+
 
 @dataclass(frozen=True)
 class SparseTeacher:
@@ -233,7 +235,8 @@ def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperatu
         if isinstance(teacher, SparseTeacher):
             per_token, soft = sparse_kl(soft_log_probs, teacher, slope, share)
         else:
-            per_token, soft = dense_kl(soft_log_probs, teacher / temperature, slope, share)
+            teacher = teacher if temperature == 1.0 else teacher / temperature
+            per_token, soft = dense_kl(soft_log_probs, teacher, slope, share)
         loss = loss + (kl_weights * per_token).sum()
         gradient = soft if gradient is None else gradient.add_(soft)
     if ce_weights is not None:
@@ -248,10 +251,12 @@ def compiled_loss_and_gradient():
 
 def dense_kl(log_probs, teacher_logits, slope, share):
     """KL(p || q) of every token (C,), and share * q - slope * p (C, V), which replaces log q."""
+    log_probs.clamp_(min=-HUGE)  # of a token that is ruled out, -inf: 0 log 0 must become 0
     teacher_log_probs = teacher_logits.log_softmax(-1)
     teacher_probs = teacher_log_probs.exp()
-    difference = teacher_log_probs.sub_(log_probs).masked_fill_(teacher_probs == 0, 0.0)
-    per_token = torch.bmm(teacher_probs[:, None], difference[:, :, None]).flatten()
+    difference = teacher_log_probs.sub_(log_probs).clamp_(min=-HUGE)
+    per_token = difference.mul_(teacher_probs).sum(-1)
+    per_token = torch.where(per_token > HUGE**0.5, torch.inf, per_token)  # p > 0 where q = 0
     probs = log_probs.exp_().mul_(share[:, None])
     return per_token, probs.addcmul_(teacher_probs, slope[:, None], value=-1.0)
 

@@ -22,7 +22,7 @@ from .setup import autocast
 SMALLEST_FOR_BFLOAT16 = 150_000  # parameters; on a CPU smaller models are not worth a measurement
 GAIN_NEEDED = 0.9  # of float32's time: a tie must not make two runs of one command differ
 COMPILE_SECONDS, COMPILE_SAVES = 60, 0.1  # what it costs; the least share of a step that it saves
-TOKENS = 512  # of the measurement
+TOKENS, WORK = 2048, 10**10  # of the measurement: at most so many tokens, and parameters x tokens
 
 
 def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -> None:
@@ -41,10 +41,9 @@ def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -
             args.compile = before.get("compile")
     if "auto" not in (args.dtype, args.teacher_dtype) and args.compile is not None:
         return
-    S = min(args.seq_len, TOKENS)
-    input_ids = torch.arange(TOKENS // S * S, device=device).view(-1, S)
-    input_ids %= student.config.vocab_size
-    told = []
+    largest = max(model.num_parameters() for model in (student, teacher) if model is not None)
+    rows = max(1, min(args.batch_size, min(TOKENS, WORK // largest) // args.seq_len))
+    input_ids, told = example_ids(student, rows, args.seq_len), []
     args.dtype, seconds = faster(student, input_ids, args.dtype, told)
     if teacher is not None:
         args.teacher_dtype, more = faster(teacher, input_ids, args.teacher_dtype, told)
@@ -57,6 +56,12 @@ def settle_speed(args, device: torch.device, student: nn.Module, teacher=None) -
     if parallel.is_main():
         compiled = "--compile" if args.compile else "--no-compile"
         print(f"{input_ids.numel()} tokens: {'; '.join(told)}; {compiled}")
+
+
+def example_ids(model, rows: int, sequence: int) -> Tensor:
+    """Some token ids (rows, sequence) on the model's device: what they are takes no time."""
+    ids = torch.arange(rows * sequence, device=model.lm_head.weight.device)
+    return ids.view(rows, sequence) % model.config.vocab_size
 
 
 def faster(model, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:

@@ -20,7 +20,7 @@ from eval.metrics import evaluate
 from model import ModelConfig, Transformer, load_model
 from run.files import command_line, hold, read_json, release, write_json
 from run.setup import choose_device, give_back_memory, keep_freed_memory
-from run.speed import faster
+from run.speed import example_ids, faster
 
 from .jobs import Job, run_jobs
 from .scales import SCALES, Scale
@@ -49,11 +49,13 @@ def precision(scale: Scale) -> str:
     path = Path(root(scale)) / "precision.json"
     hold(path, wait=True)
     if not path.is_file():
+        keep_freed_memory()
         student = Transformer(ModelConfig.preset(scale.student, scale.vocab_size))
-        input_ids = torch.arange(4 * scale.seq_len).view(4, -1) % scale.vocab_size
-        threads, told, device = torch.get_num_threads(), [], choose_device("auto")
+        student.to(choose_device("auto"))
+        input_ids = example_ids(student, scale.text_batch, scale.seq_len)
+        threads, told = torch.get_num_threads(), []
         torch.set_num_threads(1)
-        dtype, _ = faster(student.to(device), input_ids.to(device), "auto", told)
+        dtype, _ = faster(student, input_ids, "auto", told)
         torch.set_num_threads(threads)
         write_json(path, {"dtype": dtype, "measured": told[0]})
         print(f"all runs in {root(scale)}: --dtype {dtype} ({told[0]})")
