@@ -43,6 +43,7 @@ from run import (
     command_line,
     microbatches,
     place,
+    places_in_use,
     settle_speed,
     setup,
 )
@@ -182,7 +183,7 @@ def main(args) -> dict:
             (input_ids, labels, weights), weights, parts
         ):
             # Losses only where a token weighs: two thirds of the positions are the prompt's.
-            chosen = weight.flatten().nonzero()[:, 0]  # (N,), on the CPU: no GPU is waited for
+            chosen = places_in_use(weight)  # (N,), on the CPU: no GPU is waited for
             ids, chosen, targets, weight = (
                 tensor.to(device, non_blocking=True)
                 for tensor in (ids, chosen, targets.flatten()[chosen], weight.flatten()[chosen])

@@ -13,6 +13,8 @@ Shapes: B batch, S sequence, V vocabulary, D width, H heads, K key-value heads, 
 width. Module names are Hugging Face's, so a state_dict is a Llama checkpoint.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,16 +51,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value, causal where there is no mask: (B, H, S, d) each."""
+    """softmax(query key^T / sqrt(d)) value for (B, H, S, d) each; causal where there is no mask.
+
+    On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32.
+    """
     device = query.device.type
-    if device == "cpu" and query.requires_grad:
-        # On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32.
-        with torch.autocast(device, enabled=False):
-            query, key, value = query.float(), key.float(), value.float()
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None
-            )
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    slow = device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if slow:
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(device, enabled=False) if slow else nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
 
 
 class Attention(nn.Module):

@@ -1,6 +1,6 @@
 """What every run does alike: device, seed, schedule, optimizer, checkpoint and resume, log."""
 
-from .batches import Ahead, microbatches
+from .batches import Ahead, microbatches, places_in_use
 from .files import command_line
 from .flags import add_common_flags, new_parser
 from .folder import Run
@@ -19,6 +19,7 @@ __all__ = [
     "microbatches",
     "new_parser",
     "place",
+    "places_in_use",
     "settle_speed",
     "setup",
 ]

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from . import parallel
 
+# Sizes are rounded up to multiples: for every new shape a matrix product may compile a kernel (in
+# bfloat16 on a CPU it does, and that took as long as the products themselves).
+COLUMNS, PLACES = 16, 64
+
 
 def microbatches(tensors: tuple[Tensor, ...], weights: Tensor, parts: int) -> Iterator[tuple]:
     """Cut each tensor's rows into `parts` pieces; yield (*pieces, their share of the weight).
@@ -44,9 +48,20 @@ def pieces_of(tensors, weights: Tensor, parts: int, rank: int, processes: int) -
 
 
 def length_in_use(weights: Tensor) -> int:
-    """Columns of weights (B, S) up to the last one that is not all zero."""
+    """Columns of weights (B, S) up to the last one that is not all zero, rounded up."""
     columns = (weights > 0).any(0).nonzero()
-    return int(columns[-1]) + 1 if len(columns) else 0
+    return round_up(int(columns[-1]) + 1, COLUMNS, weights.shape[1]) if len(columns) else 0
+
+
+def places_in_use(weights: Tensor) -> Tensor:
+    """Where the flattened weights (B, S) are not zero, (N,); some zeros after them round N up."""
+    in_use = (weights.flatten() > 0).to(torch.uint8)
+    N = round_up(int(in_use.sum()), PLACES, in_use.numel())
+    return in_use.argsort(descending=True, stable=True)[:N]
+
+
+def round_up(number: int, multiple: int, most: int) -> int:
+    return min(-(-number // multiple) * multiple, most)
 
 
 class Ahead:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from distill import cross_entropy, distillation_loss, kl_divergence, mixed_loss
 from model import ModelConfig, Transformer
-from run.batches import microbatches
+from run import batches
+from run.batches import COLUMNS, PLACES, microbatches, places_in_use
 
 IGNORE = -100
 LN = math.log
@@ -365,8 +366,9 @@ def test_averaging_the_means_of_microbatches_would_be_another_loss():
     assert (whole[1] - naive[1]).norm() > 0.05 * whole[1].norm()
 
 
-def test_microbatches_by_hand():
+def test_microbatches_by_hand(monkeypatch):
     """Shares are of the weight, 3 and 13 of 16; what nothing counts right of is cut off."""
+    monkeypatch.setattr(batches, "COLUMNS", 1)
     ids = torch.arange(12).view(4, 3)
     weights = torch.tensor([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 0], [10.0, 0, 3.0]])
     (first, share), (second, other_share) = microbatches((ids,), weights, 2)
@@ -382,3 +384,25 @@ def test_microbatches_without_a_weight_are_left_out():
     kept = [piece.tolist() for piece, _ in microbatches((ids,), weights, 4)]
     assert kept == [[[0, 1]], [[4, 5]], [[6, 7]]]
     assert list(microbatches((ids,), torch.zeros(4, 2), 2)) == []
+
+
+def test_pieces_are_cut_at_few_widths():
+    """A piece ends after its last token that counts, at a multiple of COLUMNS, or at the end."""
+    ids = torch.arange(4 * 70).view(4, 70)
+    weights = torch.zeros(4, 70)
+    for row, last in enumerate((0, COLUMNS - 1, COLUMNS, 69)):
+        weights[row, last] = 1.0
+    widths = [piece.shape[1] for piece, _ in microbatches((ids,), weights, 4)]
+    assert widths == [COLUMNS, COLUMNS, 2 * COLUMNS, 70]
+
+
+@pytest.mark.parametrize("count", [0, 1, PLACES, PLACES + 1, 300])
+def test_places_in_use(count):
+    """All that weigh, in their order, then zeros up to a multiple of PLACES or the end."""
+    generator = torch.Generator().manual_seed(count)
+    weights = torch.zeros(3, 100).flatten()
+    weights[torch.randperm(300, generator=generator)[:count]] = 0.5
+    places = places_in_use(weights.view(3, 100))
+    assert places[:count].tolist() == weights.nonzero()[:, 0].tolist()
+    assert not weights[places[count:]].any()
+    assert len(places) == min(-(-count // PLACES) * PLACES, 300) == len(set(places.tolist()))

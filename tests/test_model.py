@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model import PRESETS, ModelConfig, Transformer, save_model
-from model.transformer import Attention, RMSNorm, SwiGLU, apply_rotary, rotary_tables
+from model.transformer import Attention, RMSNorm, SwiGLU, apply_rotary, attend, rotary_tables
 
 TINY = ModelConfig(
     vocab_size=13, hidden_size=12, num_hidden_layers=2, num_attention_heads=4,
@@ -429,3 +429,21 @@ def test_transformers_reads_our_folder_and_agrees(name, tmp_path):
         torch.testing.assert_close(
             theirs.eval()(torch.tensor(IDS)).logits, model(torch.tensor(IDS)), rtol=1e-4, atol=1e-4
         )
+
+
+def test_attention_learns_in_float32_under_bfloat16():
+    """Its gradients are those of float32, not of the kernel's slow bfloat16 backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    low = [torch.randn(2, 2, 5, 4, generator=generator).bfloat16() for _ in range(3)]
+    wide = [tensor.float().requires_grad_() for tensor in low]
+    low = [tensor.requires_grad_() for tensor in low]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attend(*low, mask=None)
+    exact = F.scaled_dot_product_attention(*wide, is_causal=True)
+    assert torch.equal(mixed, exact)
+    for ours, theirs in zip(
+        torch.autograd.grad(mixed.sum(), low),
+        torch.autograd.grad(exact.sum(), wide),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs.bfloat16())

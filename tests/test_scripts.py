@@ -18,6 +18,7 @@ import train_distillation
 import train_pretrain
 from dataset import cache_teacher, make_traces
 from dataset.packing import PackedText
+from distill.fused import compiled_loss_and_gradient
 from model import generate, load_model
 from run.files import Finished, read_json
 
@@ -212,12 +213,14 @@ def test_every_step_of_a_student_can_be_sampled(teacher):
 
 @pytest.mark.parametrize("name", ["pretrain", "distill", "reason"])
 def test_compiled_runs(name, prepared_folder, teacher, tmp_path, monkeypatch):
-    """--compile reaches torch.compile for every model that the step runs."""
+    """--compile reaches torch.compile for every model that the step runs, and for the loss."""
     compiled = []
+    compiled_loss_and_gradient.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
     script, *flags = argv_of(name, prepared_folder, teacher)
     run(script, *flags, "--compile", "--steps", 2, "--out", tmp_path / "run")
-    assert len(compiled) == (2 if name == "distill" else 1)
+    compiled_loss_and_gradient.cache_clear()
+    assert len(compiled) == (3 if name == "distill" else 2)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "distill", "reason_kl"])
