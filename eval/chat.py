@@ -14,7 +14,7 @@ import torch
 from dataset.chat import encode_prompt
 from dataset.tokenizer import decode, encode, load_tokenizer, special_id
 from model import load_model, stream
-from run.files import command_line
+from run.files import command_line, printable
 from run.flags import new_parser
 from run.setup import choose_device
 
@@ -35,11 +35,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
-
-
-def printable(text: str) -> str:
-    """Without control characters, which could otherwise command the terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)
 
 
 def reply(model, tokenizer, prompt: list[int], args, generator) -> str:

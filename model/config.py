@@ -8,6 +8,8 @@ name: a model that loads but computes something else is worse than one that does
 
 from dataclasses import dataclass, fields
 
+# Far above any model there is; a stranger's config.json may ask for more than memory holds.
+LARGEST, MOST_LAYERS = 10**7, 1000
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -40,6 +42,9 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type in (int, "int") and (type(value) is not int or value < 1):
                 raise ValueError(f"config: {field.name} = {value!r} must be a positive integer")
+            most = MOST_LAYERS if field.name == "num_hidden_layers" else LARGEST
+            if field.type in (int, "int") and value > most:
+                raise ValueError(f"config: {field.name} = {value} must be at most {most}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: {self.num_attention_heads} attention heads cannot share "
@@ -92,7 +97,8 @@ class ModelConfig:
     @classmethod
     def from_json(cls, config: dict) -> "ModelConfig":
         """Read a config.json. Raises ValueError for what this model cannot compute."""
-        architecture = (config.get("architectures") or ["none"])[0]
+        named = config.get("architectures") or ["none"]
+        architecture = named[0] if isinstance(named, list) else named
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture '{architecture}' is not supported: use a checkpoint of "

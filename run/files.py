@@ -152,6 +152,11 @@ class Finished(Exception):
     """Raised where --resume finds nothing left to do."""
 
 
+def printable(text: str) -> str:
+    """Without control characters, which could otherwise command the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)
+
+
 def command_line(main, args=None) -> None:
     """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2.
 
@@ -176,5 +181,5 @@ def command_line(main, args=None) -> None:
         else:
             code, message = 1, traceback.format_exc()
     if message is not None and parallel.speaks():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)  # it may quote a stranger's file
     parallel.leave(code)

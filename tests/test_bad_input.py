@@ -20,9 +20,10 @@ import train_distill_reason
 import train_distillation
 import train_pretrain
 from dataset import cache_teacher, make_traces, prepare
+from dataset.cache_file import HEADER_BYTES
 from eval import benchmark, chat, costs, perplexity, plots, reasoning
 from model import ModelConfig, Transformer, load_model, save_model
-from run.files import command_line
+from run.files import command_line, printable
 
 COMMANDS = {
     "prepare": prepare,
@@ -105,6 +106,12 @@ def other_vocabulary(folder):
 def untagged(folder):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text("utf-8").replace("<think>", "<thonk>"), "utf-8")
+
+
+def cache_file(**wrong) -> bytes:
+    """A teacher cache of no window, but for what `wrong` changes in its header."""
+    header = dict(method="hidden", windows=0, seq_len=2, k=0, vocab_size=9, teacher_width=4)
+    return json.dumps({**header, **wrong}).encode().ljust(HEADER_BYTES)
 
 
 # (command, files and copies, what the sentence says)
@@ -247,10 +254,41 @@ CASES = [
     ),
     (f"{DISTILL} --student {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
     (f"{PRETRAIN} --model {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", num_hidden_layers=10**9))},
+        "num_hidden_layers = 1000000000 must be at most 1000",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", vocab_size=10**18))},
+        "vocab_size = 10+ must be at most",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", architectures=7))},
+        "architecture '7' is not supported",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", architectures=["\x1b]0;owned\x07\x9b2J"]))},
+        "architecture '\ufffd]0;owned\ufffd\ufffd2J' is not supported",
+    ),
     # Teacher caches.
     (f"{DISTILL} --teacher_cache {{in}}/no.cache", {}, "no teacher cache in .*no.cache"),
     (f"{DISTILL} --teacher_cache {{in}}/x", {"x": "rubbish"}, "x is not a teacher cache"),
     (f"{DISTILL} --teacher_cache {{in}}/x", {"x": b"\x80" * 9000}, "x is not a teacher cache"),
+    *(
+        (f"{DISTILL} --teacher_cache {{in}}/x", {"x": cache_file(**wrong)}, said)
+        for wrong, said in (
+            ({"windows": -1}, "x is not a teacher cache .windows -1"),
+            ({"windows": 2.0}, "x is not a teacher cache .windows 2.0"),
+            ({"seq_len": 10**11}, "x is not a teacher cache|its header says"),
+            ({"windows": 10**12}, "its header says 16,000,000,004,096"),
+            ({"method": "\x1b[2J"}, "x is not a teacher cache .method"),
+            ({"k": "8"}, "x is not a teacher cache .k '8'"),
+        )
+    ),
     ("cache --teacher nowhere --data {data} --seq_len 16", {}, "no checkpoint in 'nowhere'"),
     ("cache --teacher {teacher} --data {data} --seq_len 16 --k 500", {}, "--k 500 must be between"),
     ("cache --teacher {teacher} --data {data} --seq_len 1", {}, "--seq_len 1 must be between"),
@@ -368,6 +406,7 @@ def test_bad_input(number, prepared_folder, teacher, tmp_path, monkeypatch, caps
     assert stopped.value.code == 2
     assert sentence.startswith("error: ") and "Traceback" not in said
     assert re.search(message, sentence), sentence
+    assert printable(sentence) == sentence
     assert len(said.splitlines()) == 1 or "it/s" in said, said
     assert snapshot(tmp_path, prepared_folder, teacher) == before
 

@@ -3,6 +3,7 @@ plain Python, and readers that are fed rubbish.
 
 Each property is tried some hundred times; with --slow the fuzzers try 100,000 inputs."""
 
+import contextlib
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dataset.cache_file import HEADER_BYTES, read_header
 from dataset.chat import check_conversation, encode_conversation
 from dataset.problems import check_response, make_problem
 from dataset.sources import parse_line
@@ -24,6 +26,7 @@ from distill import (
     reasoning_weights,
     weighted_cross_entropy,
 )
+from model import ModelConfig
 
 SETTINGS = settings(
     max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -187,12 +190,46 @@ def test_any_line_is_an_object_or_an_error(count):
 
 
 @AMOUNT
+def test_any_header_is_read_or_refused(count, tmp_path):
+    """config.json and the header of a cache: whatever stands in them, nothing is allocated."""
+    rng = random.Random(count)
+    config = ModelConfig().to_json()
+    header = dict(method="topk", windows=0, seq_len=2, k=1, vocab_size=9, teacher_width=4)
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1.5,
+        10**9,
+        10**30,
+        float("nan"),
+        "",
+        "7",
+        [],
+        [8],
+        {},
+        {"a": 1},
+    ]
+    for _ in range(count // 10):
+        wrong = {rng.choice([*config, "rope_scaling"]): rng.choice(values) for _ in range(2)}
+        with contextlib.suppress(ValueError):
+            read = ModelConfig.from_json({**config, **wrong})
+            assert read.num_hidden_layers <= 1000 and read.vocab_size <= 10**7
+        wrong = {rng.choice(list(header)): rng.choice(values) for _ in range(2)}
+        (tmp_path / "x").write_bytes(json.dumps({**header, **wrong}).encode().ljust(HEADER_BYTES))
+        with contextlib.suppress(ValueError):
+            assert read_header(tmp_path / "x")["windows"] == 0
+
+
+@AMOUNT
 def test_any_conversation_is_encoded_faithfully(count, tokenizer):
     """A user's words give no control token; labels are the assistant's words, all of them."""
     rng = random.Random(count)
     start, end = (special_id(tokenizer, name) for name in ("<|im_start|>", "<|im_end|>"))
     tags = {special_id(tokenizer, tag) for tag in TAGS}
-    for _ in range(count // 10):
+    for _ in range(count):
         turns = [
             {"role": rng.choice(["system", "user", "assistant"]), "content": rubbish(rng)}
             for _ in range(rng.randrange(1, 4))

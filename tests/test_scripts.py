@@ -259,18 +259,36 @@ def test_traces_resume_and_keep(prepared_folder, teacher, tmp_path, monkeypatch)
     calls = []
     write_json = make_traces.write_json
 
-    def die_at_second(path, value):
+    def die_at_third(path, value):
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise Killed
         write_json(path, value)
 
-    monkeypatch.setattr(make_traces, "write_json", die_at_second)
+    monkeypatch.setattr(make_traces, "write_json", die_at_third)
     with pytest.raises(Killed):
         run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
     monkeypatch.setattr(make_traces, "write_json", write_json)
     run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_traces_that_were_deleted_are_made_again(prepared_folder, teacher, tmp_path):
+    """And a file that is not what its record says, or has none, is left as it is."""
+    flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
+    flags += ["--keep", "all", "--device", "cpu", "--out", tmp_path / "x.jsonl"]
+    run(make_traces, *flags)
+    made = (tmp_path / "x.jsonl").read_bytes()
+    (tmp_path / "x.jsonl").unlink()
+    run(make_traces, *flags)
+    assert (tmp_path / "x.jsonl").read_bytes() == made
+    (tmp_path / "x.jsonl").write_bytes(made[:-5])
+    with pytest.raises(ValueError, match=f"has {len(made) - 5:,} bytes, its record says"):
+        run(make_traces, *flags)
+    (tmp_path / "x.jsonl.progress.json").unlink()
+    with pytest.raises(ValueError, match="is not a trace file to go on with"):
+        run(make_traces, *flags)
+    assert (tmp_path / "x.jsonl").read_bytes() == made[:-5]
 
 
 def test_an_untrained_teacher_s_traces_do_not_pass(prepared_folder, teacher, tmp_path):
