@@ -2,17 +2,16 @@
 
     python -m eval.benchmark                        # results/benchmark/results.csv, some minutes
     python -m eval.benchmark --only distillation --no-compile
-    python -m eval.benchmark --peers                # TRL beside it: requirements-bench.txt
+    python -m eval.benchmark --peers                # others beside it: requirements-bench.txt
     python -m eval.benchmark --against results/benchmark/results.csv     # ratios to an earlier run
 
-Everything that is compared runs in one process, turn by turn: a machine that slows down slows all
-of it, so the ratios hold where the absolute numbers do not. A number is the median over the rounds.
+Everything that is compared runs in one process, turn by turn (eval/timing.py).
 
 tokens_per_second  of a training step (forward, backward, AdamW), or generated
 ratio              this variant's speed, over that of the group's first variant
 memory_mb          peak memory that a step adds to what the models and the optimizer hold
 flops_share        floating-point operations that the method needs, over what the machine's own
-                   matrix product does in the same time, in float32. The count is 6 N a token for a
+                   float32 matrix product does in the same rounds. The count is 6 N a token for a
                    student, 2 N for a live teacher (N: parameters that multiply; a tied embedding
                    counts once, as the head), plus causal attention, 6 or 2 L H d S.
 
@@ -23,14 +22,11 @@ import argparse
 import contextlib
 import csv
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from dataset.cache_teacher import top_k
 from distill import (
@@ -44,86 +40,16 @@ from model import ModelConfig, Transformer, generate
 from run.files import atomic_path, command_line
 from run.flags import new_parser
 from run.folder import describe_device
-from run.setup import (
-    autocast,
-    available_cores,
-    choose_device,
-    give_back_memory,
-    keep_freed_memory,
-    peak_memory_mb,
-    reset_peak_memory,
-)
+from run.setup import autocast, available_cores, choose_device, keep_freed_memory
 from run.speed import compiler_for
+
+from .timing import Variants, flops_per_token, matmul_flops, take_turns
 
 COLUMNS = (
     "group size variant tokens_per_second ratio memory_mb flops_share seconds rounds device torch"
 ).split()
 B, S = 16, 128
 K = 64  # of the sparse cache
-Variants = dict[str, Callable[[], int]]  # name -> one step; it returns its tokens
-
-
-# Timing.
-
-
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def memory_of(step: Callable[[], int], device) -> float | None:
-    """MB that one step adds at its peak."""
-    give_back_memory()
-    reset_peak_memory()
-    before = (
-        torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else peak_memory_mb(device)
-    )
-    step()
-    synchronize(device)
-    after = peak_memory_mb(device)
-    return None if after is None else round(after - before, 1)
-
-
-def take_turns(variants: Variants, rounds: int, device, name: str) -> dict[str, dict]:
-    """Median seconds, tokens and memory of every variant, all of them once a round."""
-    seconds, result = {name: [] for name in variants}, {}
-    for variant, step in tqdm(variants.items(), desc=f"{name}: warm-up", leave=False):
-        step()  # compiles, where it does
-        memory = memory_of(step, device)
-        result[variant] = {"memory_mb": memory, "tokens": step()}
-    for _ in tqdm(range(rounds), desc=name, leave=False):
-        for variant, step in variants.items():
-            synchronize(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
-            seconds[variant].append(time.perf_counter() - started)
-    for variant, times in seconds.items():
-        result[variant]["seconds"] = statistics.median(times)
-    return result
-
-
-def matmul_flops(device, dtype=torch.float32, size: int = 1536) -> float:
-    """Floating-point operations a second of a large square matrix product: the best of ten."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def flops_per_token(config: ModelConfig, factor: int, sequence: int) -> float:
-    """factor 6: forward and backward; 2: forward alone."""
-    D, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    key_values = config.num_key_value_heads * config.head_dim
-    layer = 2 * D * heads + 2 * D * key_values + 3 * D * config.intermediate_size
-    parameters = config.num_hidden_layers * layer + config.vocab_size * D
-    attention = config.num_hidden_layers * heads * sequence  # causal: half of 2 * S * H * d
-    return factor * (parameters + attention)
 
 
 # What is timed.
@@ -163,15 +89,16 @@ class Bench:
 
 def pretraining(size: str, device, compiles: bool) -> tuple[Variants, dict[str, float]]:
     bench = Bench(size, 2048, device)
+    losses = {False: weighted_cross_entropy, True: torch.compile(weighted_cross_entropy)}
+    variants = {}
+    for compiled in (False, True) if compiles else (False,):
+        for dtype in ("float32", "bfloat16"):
 
-    def loss(hidden):
-        return weighted_cross_entropy(bench.student.lm_head(hidden), bench.labels)
+            def loss(hidden, loss=losses[compiled]):
+                return loss(bench.student.lm_head(hidden), bench.labels)
 
-    variants = {
-        f"{dtype}{', compiled' if compiled else ''}": bench.step(loss, dtype, compiled)
-        for compiled in ((False, True) if compiles else (False,))
-        for dtype in ("float32", "bfloat16")
-    }
+            name = dtype + (", compiled" if compiled else "")
+            variants[name] = bench.step(loss, dtype, compiled)
     return variants, dict.fromkeys(variants, flops_per_token(bench.config, 6, S))
 
 
@@ -181,54 +108,48 @@ def distillation(sizes: str, device, compiles: bool) -> tuple[Variants, dict[str
     bench = Bench(student_size, 1024, device)
     config = ModelConfig.preset(teacher_size, 1024)
     teacher = Transformer(config).to(device).requires_grad_(False)
-    head, labels, student = teacher.lm_head.weight, bench.labels, bench.student
+    head, labels, student_head = teacher.lm_head.weight, bench.labels, bench.student.lm_head
     with torch.no_grad():
-        cached = teacher.model(bench.input_ids)
-        ids, kept, rest = top_k(teacher.lm_head(cached).log_softmax(-1).flatten(0, 1), K)
+        hidden = teacher.model(bench.input_ids)
+        ids, kept, rest = top_k(teacher.lm_head(hidden).log_softmax(-1).flatten(0, 1), K)
+    cached = HiddenTeacher(hidden, head)
     sparse = SparseTeacher(ids.view(B, S, K), kept.exp().view(B, S, K), tail=rest.exp().view(B, S))
-    teacher_bodies = {False: teacher.model}
-
-    def teacher_body(compiled, dtype="float32"):
-        if compiled not in teacher_bodies:
-            teacher_bodies[True] = torch.compile(teacher.model)
-        with torch.no_grad(), autocast(device, dtype):
-            return teacher_bodies[compiled](bench.input_ids)
-
-    def fused(hidden, says, compiled):
-        return fused_mixed_loss(hidden, student.lm_head.weight, says, labels, compiled=compiled)
-
-    losses = {
-        "plain": lambda hidden, compiled: mixed_loss(
-            student.lm_head(hidden), teacher.lm_head(teacher_body(compiled)), labels
-        ),
-        "fused": lambda hidden, compiled: fused(
-            hidden, HiddenTeacher(teacher_body(compiled), head), compiled
-        ),
-        "fused, bfloat16 teacher": lambda hidden, compiled: fused(
-            hidden, HiddenTeacher(teacher_body(compiled, "bfloat16"), head), compiled
-        ),
-        "fused, cached hidden": lambda hidden, compiled: fused(
-            hidden, HiddenTeacher(cached, head), compiled
-        ),
-        f"fused, cached top {K}": lambda hidden, compiled: fused(hidden, sparse, compiled),
-        "no teacher": lambda hidden, compiled: weighted_cross_entropy(
-            student.lm_head(hidden), labels
-        ),
-    }
-    own, teachers = flops_per_token(bench.config, 6, S), flops_per_token(config, 2, S)
-    flops = dict.fromkeys(losses, own + teachers)
-    flops["fused, cached hidden"] = own + 2 * 1024 * config.hidden_size
-    flops[f"fused, cached top {K}"] = flops["no teacher"] = own
+    own, live = flops_per_token(bench.config, 6, S), flops_per_token(config, 2, S)
     variants, counts = {}, {}
     for compiled in (False, True) if compiles else (False,):
-        for name, loss in losses.items():
-            full = name + (", compiled" if compiled else "")
+        body = torch.compile(teacher.model) if compiled else teacher.model
 
-            def loss_of(hidden, loss=loss, compiled=compiled):
-                return loss(hidden, compiled)
+        def teacher_hidden(body=body):  # in the precision of the step
+            with torch.no_grad():
+                return body(bench.input_ids)
 
-            variants[full] = bench.step(loss_of, compiled=compiled)
-            counts[full] = flops[name]
+        def fused(hidden, says, compiled=compiled):
+            return fused_mixed_loss(hidden, student_head.weight, says, labels, compiled=compiled)
+
+        def no_teacher(hidden, compiled=compiled):
+            return fused_mixed_loss(
+                hidden, student_head.weight, None, labels, alpha=1.0, compiled=compiled
+            )
+
+        def plain(hidden, teacher_hidden=teacher_hidden):
+            return mixed_loss(student_head(hidden), teacher.lm_head(teacher_hidden()), labels)
+
+        def fused_live(hidden, fused=fused, teacher_hidden=teacher_hidden):
+            return fused(hidden, HiddenTeacher(teacher_hidden(), head))
+
+        losses = {
+            "plain": (plain, own + live),
+            "fused": (fused_live, own + live),
+            "cached hidden": (lambda h, f=fused: f(h, cached), own + 2 * 1024 * config.hidden_size),
+            f"cached top {K}": (lambda h, f=fused: f(h, sparse), own),
+            "no teacher": (no_teacher, own),
+        }
+        for dtype in ("float32", "bfloat16"):
+            for name, (loss, flops) in losses.items():
+                full = ", ".join([name, *(("bfloat16",) if dtype == "bfloat16" else ())])
+                full += ", compiled" if compiled else ""
+                variants[full] = bench.step(loss, dtype, compiled)
+                counts[full] = flops
     return variants, counts
 
 
@@ -298,7 +219,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default=True,
         help="also time torch.compile, where there is a compiler (half a minute a variant)",
     )
-    parser.add_argument("--peers", action="store_true", help="also time TRL's GKD, if installed")
+    parser.add_argument("--peers", action="store_true", help="also time others' loops; needs TRL")
     parser.add_argument("--against", type=Path, default=None, help="earlier results.csv to compare")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
@@ -315,9 +236,8 @@ def main(args) -> list[dict]:
     earlier = read_results(args.against) if args.against else {}
     compiles = args.compile and compiler_for(device)
     rows = []
-    peaks = {dtype: matmul_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    shown = ", ".join(f"{str(k)[6:]} {value / 1e9:,.0f} GFLOP/s" for k, value in peaks.items())
-    print(f"{describe_device(device)}: matrix product {shown}")
+    low = matmul_flops(device, torch.bfloat16) / 1e9
+    print(f"{describe_device(device)}: matrix product in bfloat16 {low:,.0f} GFLOP/s")
     for group, (make, sizes, rounds) in GROUPS.items():
         for size in sizes:
             if (args.only or group) != group or (args.size or size) != size:
@@ -327,7 +247,8 @@ def main(args) -> list[dict]:
                 from eval.peers import peer_variants  # needs requirements-bench.txt
 
                 variants |= peer_variants(size, B, S, device)
-            results = take_turns(variants, rounds, device, f"{group} {size}")
+            results, peak = take_turns(variants, rounds, device, f"{group} {size}")
+            print(f"matrix product: {peak / 1e9:,.0f} GFLOP/s in float32")
             base = None
             for variant, got in results.items():
                 speed = got["tokens"] / got["seconds"]
@@ -336,7 +257,7 @@ def main(args) -> list[dict]:
                     "group": group, "size": size, "variant": variant,
                     "tokens_per_second": round(speed), "ratio": round(speed / base, 3),
                     "memory_mb": got["memory_mb"],
-                    "flops_share": round(speed * flops[variant] / peaks[torch.float32], 3)
+                    "flops_share": round(speed * flops[variant] / peak, 3)
                     if variant in flops else None,
                     "seconds": round(got["seconds"], 5), "rounds": rounds,
                     "device": describe_device(device), "torch": torch.__version__,

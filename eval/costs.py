@@ -12,8 +12,9 @@ ratios before it is used for sizes that nobody here has run.
 import argparse
 from pathlib import Path
 
-from eval.benchmark import flops_per_token, read_results
+from eval.benchmark import read_results
 from eval.report import table
+from eval.timing import flops_per_token
 from model import ModelConfig
 from run.files import atomic_path, command_line
 from run.flags import new_parser
@@ -62,7 +63,7 @@ def check_table(results: dict, vocab_size: int = 1024, sequence: int = 128) -> s
             row = results["distillation", sizes, name]
             return f"{float(row['tokens_per_second']) / alone:.2f}"
 
-        cached = ratio(f"fused, cached top {K}")
+        cached = ratio(f"cached top {K}")
         rows.append([sizes, f"{own / live:.2f}", ratio("fused"), "1.00", cached])
     columns = ["student<teacher", "live: model", "measured", "cached: model", "measured"]
     return table(columns, rows)

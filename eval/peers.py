@@ -1,4 +1,4 @@
-"""What others' code takes for the same distillation step: TRL's GKD trainer.
+"""What others' code takes for the same distillation step: TRL's GKD trainer, MiniMind's loop.
 
     python -m pip install -r requirements-bench.txt
     python -m eval.benchmark --only distillation --peers
@@ -9,14 +9,18 @@ batch is ready in memory. Timed are
 
     TRL GKD, train()         30 steps as a user has them: loop, clipping, AdamW, log
     TRL GKD, training_step   its forward and backward pass alone, and an AdamW step of ours
+
+MiniMind's loop needs no package: it is the step that its train_distillation.py describes (labels
+and KL on the valid tokens' logits, picked by a mask; gradients clipped), on our own models.
 """
 
 import tempfile
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from model import ModelConfig
+from model import ModelConfig, Transformer
 from run.files import write_json
 
 STEPS = 30  # of one train()
@@ -29,6 +33,32 @@ def llama(config: ModelConfig):
     with tempfile.TemporaryDirectory() as folder:
         write_json(f"{folder}/config.json", config.to_json())
         return LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+
+
+def minimind_step(sizes: str, input_ids) -> Callable[[], int]:
+    """alpha = 0.5, T = 1, on input_ids (B, S), which are their own labels."""
+    student, teacher = (
+        Transformer(ModelConfig.preset(size, 1024)).to(input_ids.device)
+        for size in sizes.split("<")
+    )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    valid = torch.ones_like(input_ids).flatten()
+
+    def step() -> int:
+        logits = student(input_ids)
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids)
+        each = F.cross_entropy(logits.flatten(0, 1), input_ids.flatten(), reduction="none")
+        loss = 0.5 * (each * valid).sum() / valid.sum()
+        chosen, theirs = (x.flatten(0, 1)[valid == 1] for x in (logits, teacher_logits))
+        loss += 0.5 * F.kl_div(chosen.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return input_ids.numel()
+
+    return step
 
 
 def peer_variants(sizes: str, rows: int, sequence: int, device) -> dict[str, Callable[[], int]]:
@@ -86,4 +116,8 @@ def peer_variants(sizes: str, rows: int, sequence: int, device) -> dict[str, Cal
         trainer.train()
         return STEPS * input_ids.numel()
 
-    return {"TRL GKD, train()": train, "TRL GKD, training_step": step}
+    return {
+        "MiniMind-style loop": minimind_step(sizes, input_ids),
+        "TRL GKD, train()": train,
+        "TRL GKD, training_step": step,
+    }
