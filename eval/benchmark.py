@@ -39,7 +39,7 @@ from distill import (
 from model import ModelConfig, Transformer, generate
 from run.files import atomic_path, command_line
 from run.flags import new_parser
-from run.folder import describe_device
+from run.record import describe_device
 from run.setup import autocast, available_cores, choose_device, keep_freed_memory
 from run.speed import compiler_for
 

@@ -6,11 +6,9 @@
     run.json                                              what ran, where, and what came out
     resume/                                               only while the run is unfinished
 
-The two newest states in resume/ hold everything that the next step depends on: weights, optimizer,
-step, best loss and the log so far. Their names end in the first digits of their sha256, so that a
-state and its checksum appear in one rename. Batches depend on (data, seed, step) alone, so the data
-position is the step, and a run that was killed and resumed ends with the same bits as one that was
-not.
+A state (run/state.py) holds everything that the next step depends on: weights, optimizer, step,
+best loss and the log so far. Batches depend on (data, seed, step) alone, so the data position is
+the step, and a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 import csv
@@ -19,7 +17,6 @@ import math
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,14 +27,14 @@ import torch
 from tqdm import tqdm
 
 from . import parallel, shards
-from .files import Finished, atomic_path, file_hash, hold, read_json, sync_folder, write_json
+from .files import Finished, atomic_path, hold, read_json, write_json
 from .optim import Optimizer
+from .record import describe_device, git_state
 from .setup import peak_memory_mb
+from .state import OtherFlags, newest_state, write_state
 
 LOG_EVERY = 10
 MOST_SKIPPED = 10  # in a row, with --on_nonfinite skip
-STATES_KEPT = 2  # the newest may be the one that the disk spoilt
-HASH_DIGITS = 16
 bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
 LOG_COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "val_loss", "seconds")
@@ -60,19 +57,6 @@ def first_nonfinite(student, input_ids: torch.Tensor) -> str:
     for handle in hooks:
         handle.remove()
     return f"first in {found[0]}" if found else "the forward pass is finite"
-
-
-class OtherFlags(ValueError):
-    """A run is resumed with flags that would change its result."""
-
-
-def earlier_flags(out) -> dict:
-    """The flags of the run in folder `out`, finished or not; empty where there is none."""
-    for name, key in (("run.json", "args"), ("resume/flags.json", None)):
-        if (Path(out) / name).is_file():
-            content = read_json(Path(out) / name)
-            return content.get(key, {}) if key else content
-    return {}
 
 
 class Run:
@@ -133,30 +117,17 @@ class Run:
                 )
 
     def load_newest_state(self) -> None:
-        """Go on from the newest state whose bytes have the sha256 that its name tells."""
-        folder, refused = self.out / "resume", []
-        for path in sorted(folder.glob("state-*.pt"), reverse=True):
-            try:
-                if not file_hash(path).startswith(path.stem.split("-")[-1]):
-                    raise ValueError("its bytes are not those that were written")
-                self.load_state(path)
-            except (ValueError, KeyError, OSError) as error:
-                if isinstance(error, OtherFlags):
-                    raise
-                refused.append(f"{path.name} is damaged ({error})")
-                continue
-            before = f"; {'; '.join(refused)}" if refused else ""
-            print(f"{self.out}: resuming after step {self.step}, from {path.name}{before}")
-            return
-        raise ValueError(
-            f"{folder} cannot be read ({'; '.join(refused)}): start again with --overwrite"
-        )
-
-    def load_state(self, path: Path) -> None:
+        path, state, refused = newest_state(self.out / "resume")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged file
-            raise ValueError(str(error).splitlines()[0]) from None
+            self.load_state(state)
+        except KeyError as error:
+            raise ValueError(
+                f"{path} has no {error}: another version wrote it; start again with --overwrite"
+            ) from None
+        before = f"; {'; '.join(refused)}" if refused else ""
+        print(f"{self.out}: resuming after step {self.step}, from {path.name}{before}")
+
+    def load_state(self, state: dict) -> None:
         self.check_same_flags(json.loads(state["flags"]))
         now, before = self.student.state_dict(), state["student"]
         self.student.load_state_dict({k: shards.shard(before[k], now[k]) for k in before})
@@ -178,14 +149,7 @@ class Run:
             "flags": json.dumps(self.flags),
         }
         if parallel.is_main():
-            written = self.out / "resume" / "state.new"
-            with atomic_path(written) as temporary:
-                torch.save(state, temporary)
-            digits = file_hash(written)[:HASH_DIGITS]
-            written.replace(written.with_name(f"state-{self.step:09d}-{digits}.pt"))
-            sync_folder(written.parent)
-            for old in sorted(written.parent.glob("state-*.pt"))[:-STATES_KEPT]:
-                old.unlink()
+            write_state(self.out / "resume", self.step, state)
             self.write_log()
         self.saved_step = self.step
         parallel.barrier()  # whoever goes on, or ends, finds it written
@@ -356,36 +320,3 @@ class Run:
                 writer = csv.DictWriter(file, LOG_COLUMNS)
                 writer.writeheader()
                 writer.writerows(self.rows)
-
-
-def git_state() -> dict:
-    """The commit of this code, and whether files differ from it; None without git."""
-
-    def git(*words):
-        try:
-            result = subprocess.run(
-                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
-            )
-        except OSError:
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    dirty = None if status is None else bool(status)
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
-
-
-def describe_device(device: torch.device) -> str:
-    """The name of the GPU, or of the processor and the number of its cores in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"

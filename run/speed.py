@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .folder import earlier_flags
 from .setup import autocast
+from .state import earlier_flags
 
 SMALLEST_FOR_BFLOAT16 = 150_000  # parameters; on a CPU smaller models are not worth a measurement
 GAIN_NEEDED = 0.9  # of float32's time: a tie must not make two runs of one command differ
