@@ -50,6 +50,7 @@ COLUMNS = (
 ).split()
 B, S = 16, 128
 K = 64  # of the sparse cache
+STUDENTS = 4  # that learn from one pass of the teacher
 
 
 # What is timed.
@@ -102,54 +103,91 @@ def pretraining(size: str, device, compiles: bool) -> tuple[Variants, dict[str, 
     return variants, dict.fromkeys(variants, flops_per_token(bench.config, 6, S))
 
 
+class Pair:
+    """A teacher and its students, "student<teacher", vocabulary 1,024, T = 1, alpha = 0.5.
+
+    Its methods take the student's hidden states (B, S, D) and give the loss, in one precision and
+    compiled or not.
+    """
+
+    def __init__(self, sizes: str, device):
+        student_size, teacher_size = sizes.split("<")
+        self.benches = [Bench(student_size, 1024, device) for _ in range(STUDENTS)]
+        self.config = ModelConfig.preset(teacher_size, 1024)
+        self.teacher = Transformer(self.config).to(device).requires_grad_(False)
+        self.bodies = {False: self.teacher.model, True: torch.compile(self.teacher.model)}
+        bench = self.benches[0]
+        self.head, self.labels, self.input_ids = (
+            bench.student.lm_head, bench.labels, bench.input_ids
+        )  # fmt: skip
+        hidden = self.teacher_hidden(False)
+        log_probs = self.teacher.lm_head(hidden).log_softmax(-1).flatten(0, 1)
+        ids, kept, rest = (x.view(B, S, -1) for x in top_k(log_probs, K))
+        self.cached = HiddenTeacher(hidden, self.teacher.lm_head.weight)
+        self.sparse = SparseTeacher(ids, kept.exp(), tail=rest[..., 0].exp())
+
+    @torch.no_grad()
+    def teacher_hidden(self, compiled: bool):
+        return self.bodies[compiled](self.input_ids)
+
+    def plain(self, hidden, compiled: bool):
+        teacher_logits = self.teacher.lm_head(self.teacher_hidden(compiled))
+        return mixed_loss(self.head(hidden), teacher_logits, self.labels)
+
+    def live(self, compiled: bool) -> HiddenTeacher:
+        return HiddenTeacher(self.teacher_hidden(compiled), self.teacher.lm_head.weight)
+
+    def fused(self, hidden, says, compiled: bool, head=None):
+        head, alpha = head or self.head, 1.0 if says is None else 0.5
+        return fused_mixed_loss(
+            hidden, head.weight, says, self.labels, alpha=alpha, compiled=compiled
+        )
+
+    def several_students(self, dtype: str, compiled: bool) -> Callable[[], int]:
+        """A step of STUDENTS students, for whom the teacher runs once."""
+
+        def run() -> int:
+            with autocast(self.head.weight.device, dtype):
+                says = self.live(compiled)
+            for bench in self.benches:
+
+                def loss(hidden, head=bench.student.lm_head):
+                    return self.fused(hidden, says, compiled, head)
+
+                bench.step(loss, dtype, compiled)()
+            return STUDENTS * B * S
+
+        return run
+
+
 def distillation(sizes: str, device, compiles: bool) -> tuple[Variants, dict[str, float]]:
-    """Student and teacher of "student<teacher", vocabulary 1,024, T = 1, alpha = 0.5."""
-    student_size, teacher_size = sizes.split("<")
-    bench = Bench(student_size, 1024, device)
-    config = ModelConfig.preset(teacher_size, 1024)
-    teacher = Transformer(config).to(device).requires_grad_(False)
-    head, labels, student_head = teacher.lm_head.weight, bench.labels, bench.student.lm_head
-    with torch.no_grad():
-        hidden = teacher.model(bench.input_ids)
-        ids, kept, rest = top_k(teacher.lm_head(hidden).log_softmax(-1).flatten(0, 1), K)
-    cached = HiddenTeacher(hidden, head)
-    sparse = SparseTeacher(ids.view(B, S, K), kept.exp().view(B, S, K), tail=rest.exp().view(B, S))
-    own, live = flops_per_token(bench.config, 6, S), flops_per_token(config, 2, S)
+    pair = Pair(sizes, device)
+    bench = pair.benches[0]
+    own, live = flops_per_token(bench.config, 6, S), flops_per_token(pair.config, 2, S)
+    losses = {
+        "plain": (pair.plain, own + live),
+        "fused": (lambda h, c: pair.fused(h, pair.live(c), c), own + live),
+        "cached hidden": (
+            lambda h, c: pair.fused(h, pair.cached, c),
+            own + 2 * 1024 * pair.config.hidden_size,
+        ),
+        f"cached top {K}": (lambda h, c: pair.fused(h, pair.sparse, c), own),
+        "no teacher": (lambda h, c: pair.fused(h, None, c), own),
+    }
     variants, counts = {}, {}
     for compiled in (False, True) if compiles else (False,):
-        body = torch.compile(teacher.model) if compiled else teacher.model
-
-        def teacher_hidden(body=body):  # in the precision of the step
-            with torch.no_grad():
-                return body(bench.input_ids)
-
-        def fused(hidden, says, compiled=compiled):
-            return fused_mixed_loss(hidden, student_head.weight, says, labels, compiled=compiled)
-
-        def no_teacher(hidden, compiled=compiled):
-            return fused_mixed_loss(
-                hidden, student_head.weight, None, labels, alpha=1.0, compiled=compiled
-            )
-
-        def plain(hidden, teacher_hidden=teacher_hidden):
-            return mixed_loss(student_head(hidden), teacher.lm_head(teacher_hidden()), labels)
-
-        def fused_live(hidden, fused=fused, teacher_hidden=teacher_hidden):
-            return fused(hidden, HiddenTeacher(teacher_hidden(), head))
-
-        losses = {
-            "plain": (plain, own + live),
-            "fused": (fused_live, own + live),
-            "cached hidden": (lambda h, f=fused: f(h, cached), own + 2 * 1024 * config.hidden_size),
-            f"cached top {K}": (lambda h, f=fused: f(h, sparse), own),
-            "no teacher": (no_teacher, own),
-        }
         for dtype in ("float32", "bfloat16"):
+            how = (", bfloat16" if dtype == "bfloat16" else "") + ", compiled" * compiled
             for name, (loss, flops) in losses.items():
-                full = ", ".join([name, *(("bfloat16",) if dtype == "bfloat16" else ())])
-                full += ", compiled" if compiled else ""
-                variants[full] = bench.step(loss, dtype, compiled)
-                counts[full] = flops
+
+                def loss_of(hidden, loss=loss, compiled=compiled):
+                    return loss(hidden, compiled)
+
+                variants[name + how] = bench.step(loss_of, dtype, compiled)
+                counts[name + how] = flops
+            name = f"{STUDENTS} students, one teacher pass{how}"
+            variants[name] = pair.several_students(dtype, compiled)
+            counts[name] = own + live / STUDENTS
     return variants, counts
 
 
