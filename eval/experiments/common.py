@@ -41,7 +41,7 @@ def data_folder(scale: Scale) -> str:
 
 @lru_cache
 def precision(scale: Scale) -> str:
-    """--dtype of all runs of a preset in this folder, so that their rows compare.
+    """--dtype of all text runs of a preset in this folder, so that their rows compare.
 
     The first experiment measures which is faster for the student, on one thread as the workers
     have; out/PRESET/precision.json keeps the answer.
@@ -58,7 +58,7 @@ def precision(scale: Scale) -> str:
         dtype, _ = faster(student, input_ids, "auto", told)
         torch.set_num_threads(threads)
         write_json(path, {"dtype": dtype, "measured": told[0]})
-        print(f"all runs in {root(scale)}: --dtype {dtype} ({told[0]})")
+        print(f"all text runs in {root(scale)}: --dtype {dtype} ({told[0]})")
     release(path)
     return read_json(path)["dtype"]
 
