@@ -257,6 +257,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default=True,
         help="also time torch.compile, where there is a compiler (half a minute a variant)",
     )
+    parser.add_argument("--rounds", type=int, default=None, help="turns of every variant [3 or 9]")
     parser.add_argument("--peers", action="store_true", help="also time others' loops; needs TRL")
     parser.add_argument("--against", type=Path, default=None, help="earlier results.csv to compare")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -272,6 +273,8 @@ def main(args) -> list[dict]:
         torch.set_num_threads(available_cores())
     device = choose_device(args.device)
     earlier = read_results(args.against) if args.against else {}
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds} must be 1 or more")
     compiles = args.compile and compiler_for(device)
     rows = []
     low = matmul_flops(device, torch.bfloat16) / 1e9
@@ -285,6 +288,7 @@ def main(args) -> list[dict]:
                 from eval.peers import peer_variants  # needs requirements-bench.txt
 
                 variants |= peer_variants(size, B, S, device)
+            rounds = args.rounds or rounds
             results, peak = take_turns(variants, rounds, device, f"{group} {size}")
             print(f"matrix product: {peak / 1e9:,.0f} GFLOP/s in float32")
             base = None
