@@ -101,7 +101,7 @@ def test_a_crash_before_any_file_operation(name, stride, prepared_folder, kill_t
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     first = random.Random(time.time_ns()).randint(1, stride)
     driver = subprocess.run(
-        [sys.executable, "-m", __spec__.name, tmp_path, str(first), str(stride), *words],
+        [sys.executable, __file__, tmp_path, str(first), str(stride), *words],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert driver.returncode == 0, driver.stderr[-4000:]

@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +22,8 @@ from eval.experiments import cache, common, jobs, scales
 from eval.experiments.jobs import Job
 from eval.metrics import evaluate
 from model import ModelConfig, Transformer
-from run.files import read_json
+from run import files
+from run.files import Finished, hold, read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -326,3 +329,19 @@ def test_csv_rows_keep_their_columns(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["arm"] for row in rows] == ["a", "b"]
     assert rows[0]["extra"] == "0.123457" and rows[1]["extra"] == ""
+
+
+def test_a_worker_that_is_done_holds_no_folder(monkeypatch, tmp_path):
+    """Finished, or failed: another sweep may wait for that folder, and this worker lives on."""
+    for error in (None, Finished("done"), ValueError("broken")):
+
+        def main(args, error=error):
+            hold(tmp_path / "run")
+            if error:
+                raise error
+
+        script = types.SimpleNamespace(main=main, parse_args=lambda argv: argv)
+        monkeypatch.setitem(sys.modules, "train_nothing", script)
+        with pytest.raises(ValueError) if isinstance(error, ValueError) else nullcontext():
+            jobs.execute(jobs.Job("train_nothing", str(tmp_path / "run"), ()))
+        assert files.held == []

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import run.folder
-from run.files import Finished, InUse, read_json
+from run.files import Finished, InUse, read_json, release_all
 from run.setup import available_cores, give_back_memory
 
 
@@ -85,6 +85,8 @@ def execute(job: Job) -> None:
             time.sleep(2)
             resumable = job.script.startswith("train_")
             continue
+        finally:
+            release_all()  # this worker lives on, and another sweep's may wait for the folder
         return
 
 
