@@ -165,6 +165,19 @@ def test_tied_head():
     assert_same(plain, fused, (head,))
 
 
+def test_a_token_that_only_the_student_rules_out_costs_infinitely_much():
+    """p > 0 where q = 0; where both are 0 there is nothing to learn, and no NaN."""
+    logits, probs = torch.zeros(2, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2)
+    logits[0, 1] = logits[1, 2] = -torch.inf
+    for row, infinite in ((0, True), (1, False)):
+        log_probs = logits[row].log_softmax(-1)[None, None]
+        says = probs[row].log()[None, None]
+        loss = fused_mixed_loss(
+            torch.ones(1, 1, 1), log_probs[0].T.clone().requires_grad_(), says, None, alpha=0.0
+        )
+        assert loss.isinf() if infinite else loss.isfinite()
+
+
 def test_bfloat16_autocast_sums_in_float32():
     """Products in bfloat16, as of the plain loss under autocast; sums and loss in float32."""
     hidden, head, teacher, labels = tensors(dtype=torch.float32, shape=(4, 300))
@@ -174,6 +187,8 @@ def test_bfloat16_autocast_sums_in_float32():
         plain = mixed_loss(F.linear(hidden, head), F.linear(teacher.hidden, teacher.head), labels)
     assert fused.dtype == torch.float32
     assert fused.item() == pytest.approx(plain.item(), rel=1e-3)
+    whole = fused_mixed_loss(hidden, head, teacher, labels, chunk=16)
+    assert fused.item() != whole.item() == pytest.approx(exact.item(), rel=1e-5)
     errors = []
     for loss in (plain, fused):
         grads = torch.autograd.grad(loss, (hidden, head), retain_graph=True)

@@ -125,7 +125,7 @@ def test_random_sequences_against_a_slow_state_machine():
 @pytest.mark.parametrize("name", ["tag_weight", "think_weight", "answer_weight"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bad_weights_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name} "):
         reasoning_weights(torch.tensor([[3, 20, 4]]), **{name: value})
 
 
