@@ -107,6 +107,19 @@ def test_a_tail_loses_information_and_nothing_else():
     assert values[-1] == pytest.approx(whole, abs=1e-9)
 
 
+def test_a_kept_token_of_probability_0_adds_nothing():
+    """A mark of a sample may fall on one, and float16 rounds small ones to 0: 0 log 0 = 0."""
+    hidden, head, _, labels = tensors()
+    values = []
+    for k in (2, 3):
+        ids = torch.arange(k).expand(B, S, k)
+        probs = torch.tensor([0.75, 0.25, 0.0][:k], dtype=torch.float64).expand(B, S, k)
+        entropy = torch.zeros(B, S, dtype=torch.float64)
+        says = SparseTeacher(ids, probs, entropy=entropy)
+        values.append(fused_mixed_loss(hidden, head, says, labels, alpha=0.0))
+    assert_same(*values, (hidden, head))
+
+
 def test_without_a_teacher_it_is_cross_entropy():
     hidden, head, _, labels = tensors()
     fused = fused_mixed_loss(hidden, head, None, labels, alpha=1.0, chunk=4)
