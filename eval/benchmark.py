@@ -262,7 +262,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--against", type=Path, default=None, help="earlier results.csv to compare")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/benchmark/results.csv"), help="CSV to write"
+        "--out", type=Path, default=Path("results/benchmark/results.csv"), help="CSV to write"
     )
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """Killed at any moment (SIGKILL: no handler, no last word) and started again, every command ends
 with the same bytes as one that was not: weights, log, CSV rows, traces, caches.
 
-One kill for each command here; with --slow 51 in all."""
+One kill for each command here; with --slow 54 in all."""
 
 import csv
 import json
