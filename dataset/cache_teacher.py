@@ -48,6 +48,7 @@ from .packing import PackedText
 from .tokenizer import tokenizer_hash
 
 ROWS = 32  # windows of one teacher pass
+SYNCED = 64 * ROWS  # windows between two syncs to the disk
 
 
 def top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,8 +171,7 @@ def write(path: Path, header: dict, teacher, text, device, dtype: str) -> None:
     with open(partial, "ab+") as file:
         file.seek(0)
         if file.read(HEADER_BYTES) == beginning:  # the same call was stopped: go on
-            whole = (partial.stat().st_size - HEADER_BYTES) // layout.itemsize
-            first = whole // ROWS * ROWS  # passes of the same windows give the same bits
+            first = trusted((partial.stat().st_size - HEADER_BYTES) // layout.itemsize)
             file.truncate(HEADER_BYTES + first * layout.itemsize)
         else:
             file.truncate(0)
@@ -202,10 +202,26 @@ def write(path: Path, header: dict, teacher, text, device, dtype: str) -> None:
                     records[name] = values.cpu().numpy().reshape(records[name].shape)
                 records.tofile(file)
                 bar.update(input_ids.numel())
-        file.flush()
-        os.fsync(file.fileno())
+                if (start + len(windows)) % SYNCED == 0:
+                    sync(file)
+        sync(file)
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def trusted(windows: int) -> int:
+    """How many of the windows in a partial file are on the disk, whatever ended its writer.
+
+    After a power cut a file may be as long as it was and hold zeros. But what was written after a
+    sync proves that the sync ended: everything before it is there. The rest is computed again, and
+    passes of the same windows give the same bits.
+    """
+    return max(0, windows - 1) // SYNCED * SYNCED
+
+
+def sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ tail, sample on average), it goes on where it was stopped, and it is never used 
 text, tokenizer, window length or temperature."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dataset import cache_teacher
-from dataset.cache_file import HEADER_BYTES, TeacherCache, read_header
+from dataset.cache_file import HEADER_BYTES, TeacherCache, read_header, record_dtype
 from dataset.cache_teacher import sample, top_k
 from dataset.packing import PackedText
 from distill import SparseTeacher, fused_mixed_loss, mixed_loss
@@ -185,6 +186,44 @@ def test_a_stopped_call_goes_on(tmp_path, teacher, prepared_folder, method, left
     write(teacher, prepared_folder, tmp_path / "cut", "--method", method)
     assert (tmp_path / "cut").read_bytes() == whole
     assert not (tmp_path / "cut.partial").exists()
+
+
+@pytest.mark.parametrize("written, zeros", [(0, 32), (32, 1), (32, 31), (64, 5)])
+def test_a_power_cut_leaves_no_zeros(
+    tmp_path, teacher, prepared_folder, monkeypatch, written, zeros
+):
+    """Windows that had a length but no bytes on the disk are made again; synced ones are not."""
+    monkeypatch.setattr(cache_teacher, "SYNCED", 32)
+    asked = []
+    says = cache_teacher.teacher_says
+    monkeypatch.setattr(
+        cache_teacher, "teacher_says", lambda *args: asked.append(args[-1]) or says(*args)
+    )
+    write(teacher, prepared_folder, tmp_path / "whole")
+    whole, every_pass = (tmp_path / "whole").read_bytes(), list(asked)
+    asked.clear()
+    record = record_dtype(read_header(tmp_path / "whole")).itemsize
+    cut = whole[: HEADER_BYTES + written * record] + bytes(zeros * record)
+    (tmp_path / "cut.partial").write_bytes(cut)
+    write(teacher, prepared_folder, tmp_path / "cut")
+    assert (tmp_path / "cut").read_bytes() == whole
+    assert asked == [start for start in every_pass if start >= written]
+
+
+def test_a_cache_is_synced_while_it_grows(tmp_path, teacher, prepared_folder, monkeypatch):
+    monkeypatch.setattr(cache_teacher, "SYNCED", 32)
+    sizes, sync = [], cache_teacher.sync
+
+    def remember(file):
+        sync(file)
+        sizes.append(os.fstat(file.fileno()).st_size)
+
+    monkeypatch.setattr(cache_teacher, "sync", remember)
+    write(teacher, prepared_folder, tmp_path / "cache")
+    header = read_header(tmp_path / "cache")
+    record = record_dtype(header).itemsize
+    ends = [*range(32, header["windows"], 32), header["windows"]]
+    assert sizes == [HEADER_BYTES + end * record for end in ends]
 
 
 def test_what_was_begun_with_other_flags_is_not_continued(tmp_path, teacher, prepared_folder):
