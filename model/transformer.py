@@ -13,13 +13,13 @@ Shapes: B batch, S sequence, V vocabulary, D width, H heads, K key-value heads, 
 width. Module names are Hugging Face's, so a state_dict is a Llama checkpoint.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+
+SHORT = 512  # tokens of a sequence whose scores, S x S for every head, may be in memory
 
 
 class RMSNorm(nn.Module):
@@ -53,16 +53,30 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value for (B, H, S, d) each; causal where there is no mask.
 
-    On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32.
+    On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32, and for
+    short sequences the formula itself, compiled, two thirds of the time that it takes in float32.
     """
     device = query.device.type
-    slow = device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-    if slow:
-        query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast(device, enabled=False) if slow else nullcontext():
+    if not (device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None
         )
+    if torch.compiler.is_compiling() and mask is None and query.shape[2] <= SHORT:
+        return causal_attention(query, key, value)
+    with torch.autocast(device, enabled=False):
+        return F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=mask, is_causal=mask is None
+        )
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What `attend` computes without a mask, written out; the scores (B H, S, S) are in memory."""
+    B, H, S, d = query.shape
+    query, key, value = (x.reshape(B * H, S, d) for x in (query, key, value))
+    future = torch.full((S, S), -torch.inf, device=query.device).triu(1)  # 0 where one may look
+    scores = torch.bmm(query, key.transpose(1, 2)) / d**0.5
+    probs = (scores.float() + future).softmax(-1).to(value.dtype)
+    return torch.bmm(probs, value).view(B, H, S, d)
 
 
 class Attention(nn.Module):

@@ -10,8 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, ModelConfig, Transformer, save_model
-from model.transformer import Attention, RMSNorm, SwiGLU, apply_rotary, attend, rotary_tables
+from model import PRESETS, ModelConfig, Transformer, save_model, transformer
+from model.transformer import (
+    Attention,
+    RMSNorm,
+    SwiGLU,
+    apply_rotary,
+    attend,
+    causal_attention,
+    rotary_tables,
+)
 
 TINY = ModelConfig(
     vocab_size=13, hidden_size=12, num_hidden_layers=2, num_attention_heads=4,
@@ -447,3 +455,44 @@ def test_attention_learns_in_float32_under_bfloat16():
         strict=True,
     ):
         assert torch.equal(ours, theirs.bfloat16())
+
+
+def test_attention_written_out_is_the_kernels():
+    """Value and every gradient, in float32."""
+    wide = [torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(2, 3, 9, 8)
+    expected = F.scaled_dot_product_attention(*wide, is_causal=True)
+    found = causal_attention(*wide)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, wide, upstream),
+        torch.autograd.grad(expected, wide, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("S, written_out", [(12, True), (20, False)])
+def test_compiled_training_in_bfloat16_takes_the_faster_attention(monkeypatch, S, written_out):
+    """The formula for short sequences, the kernel for long ones; the loss is that of float32."""
+    calls = []
+
+    def spy(query, key, value):
+        calls.append(query.shape)
+        return causal_attention(query, key, value)
+
+    monkeypatch.setattr(transformer, "SHORT", 16)
+    monkeypatch.setattr(transformer, "causal_attention", spy)
+    model = Transformer(ModelConfig.preset("nano", 64))
+    ids = torch.randint(64, (2, S))
+    exact = model(ids).logsumexp(-1).mean()
+    exact.backward()
+    expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.compile(model, backend="aot_eager")(ids).float().logsumexp(-1).mean()
+    loss.backward()
+    assert bool(calls) == written_out
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=1e-2)
+    found = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert (found - expected).norm() < 0.1 * expected.norm()

@@ -11,7 +11,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -109,9 +109,10 @@ def end_with_parent() -> None:
 def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, workers=None) -> None:
     """Run all jobs and what they need, each once, those it needs first; print every command.
 
-    after_each is called whenever a job has finished. workers: processes side by side; by default 1
-    with a GPU, else one for every core up to 4.
-    Raises what a job raised; the other running jobs finish first.
+    after_each is called whenever a job has finished, in a thread of its own: it may take seconds,
+    in which no worker should wait. workers: processes side by side; by default 1 with a GPU, else
+    one for every core up to 4.
+    Raises what a job or after_each raised; the other running jobs finish first.
     """
     waiting = unfinished(jobs)
     if not waiting:
@@ -123,10 +124,11 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, wor
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     context = get_context("spawn")
     shared = (threads, context.RLock(), context.Value("i", 1))
-    total, running = len(waiting), {}
+    total, running, calls = len(waiting), {}, []
     with (
         tqdm(total=total, desc="runs", unit="run", position=0) as bar,
         ProcessPoolExecutor(workers, context, start_worker, shared) as pool,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread,
     ):
         while waiting or running:
             ready = [job for job in waiting if not any(need in waiting for need in job.needs)]
@@ -145,8 +147,12 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, wor
                     waiting.clear()
                     raise
                 bar.update()
-            if done:
-                after_each()
+            calls.append(thread.submit(after_each))
+            for call in calls:
+                if call.done() or workers == 1:  # a GPU has memory for one thing at a time
+                    call.result()
+        for call in calls:
+            call.result()
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
