@@ -13,6 +13,8 @@ Shapes: B batch, S sequence, V vocabulary, D width, H heads, K key-value heads, 
 width. Module names are Hugging Face's, so a state_dict is a Llama checkpoint.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,32 +53,45 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value for (B, H, S, d) each; causal where there is no mask.
+    """softmax(query key^T / sqrt(d)) value; causal where there is no mask.
+
+    query (B, H, S, d), key and value (B, K, keys, d): every key-value head serves H / K
+    neighbouring query heads.
 
     On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32, and for
     short sequences the formula itself, compiled, two thirds of the time that it takes in float32.
     """
-    device = query.device.type
-    if not (device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
-        )
-    if torch.compiler.is_compiling() and mask is None and query.shape[2] <= SHORT:
+    device, S = query.device.type, query.shape[2]
+    slow = device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if slow and torch.compiler.is_compiling() and mask is None and S <= SHORT:
         return causal_attention(query, key, value)
-    with torch.autocast(device, enabled=False):
-        return F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), attn_mask=mask, is_causal=mask is None
+    if slow:
+        query, key, value = query.float(), key.float(), value.float()
+    shape = query.shape
+    if S == 1:  # queries that share a key-value head stand as if they were several positions of it
+        query = query.reshape(shape[0], key.shape[1], -1, shape[3])
+    with torch.autocast(device, enabled=False) if slow else nullcontext():
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and S > 1,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
+    return mixed.view(shape)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What `attend` computes without a mask, written out; the scores (B H, S, S) are in memory."""
+    """What `attend` computes without a mask, written out; the scores (B, H, S, S) are in memory."""
     B, H, S, d = query.shape
-    query, key, value = (x.reshape(B * H, S, d) for x in (query, key, value))
+    K = key.shape[1]
+    query = query.reshape(B * K, H // K * S, d)  # all queries that look at one key-value head
+    key, value = key.reshape(B * K, S, d), value.reshape(B * K, S, d)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(B * K, H // K, S, S) / d**0.5
     future = torch.full((S, S), -torch.inf, device=query.device).triu(1)  # 0 where one may look
-    scores = torch.bmm(query, key.transpose(1, 2)) / d**0.5
     probs = (scores.float() + future).softmax(-1).to(value.dtype)
-    return torch.bmm(probs, value).view(B, H, S, d)
+    return torch.bmm(probs.view(B * K, -1, S), value).view(B, H, S, d)
 
 
 class Attention(nn.Module):
@@ -112,11 +127,6 @@ class Attention(nn.Module):
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:
             key, value = cache.append(self, key, value)
-        # Every key-value head serves H / K neighbouring query heads: (B, K, S, d) -> (B, H, S, d).
-        group = self.heads // self.key_value_heads
-        if group > 1:
-            key = key.repeat_interleave(group, dim=1)
-            value = value.repeat_interleave(group, dim=1)
         mixed = attend(query, key, value, mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))
 

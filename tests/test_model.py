@@ -457,19 +457,23 @@ def test_attention_learns_in_float32_under_bfloat16():
         assert torch.equal(ours, theirs.bfloat16())
 
 
-def test_attention_written_out_is_the_kernels():
-    """Value and every gradient, in float32."""
-    wide = [torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(2, 3, 9, 8)
-    expected = F.scaled_dot_product_attention(*wide, is_causal=True)
-    found = causal_attention(*wide)
+@pytest.mark.parametrize("K", [1, 2, 6])
+@pytest.mark.parametrize("form", [attend, causal_attention])
+def test_shared_key_value_heads(form, K):
+    """As if every key-value head were copied for its H / K queries: value and gradients, float32."""
+    query = torch.randn(2, 6, 9, 8, requires_grad=True)
+    key, value = (torch.randn(2, K, 9, 8, requires_grad=True) for _ in range(2))
+    copies = [x.repeat_interleave(6 // K, dim=1) for x in (key, value)]
+    expected = F.scaled_dot_product_attention(query, *copies, is_causal=True)
+    found = form(query, key, value, *[None] * (form is attend))
     torch.testing.assert_close(found, expected)
-    for a, b in zip(
-        torch.autograd.grad(found, wide, upstream),
-        torch.autograd.grad(expected, wide, upstream),
+    upstream, inputs = torch.randn(2, 6, 9, 8), (query, key, value)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
         strict=True,
     ):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("S, written_out", [(12, True), (20, False)])
