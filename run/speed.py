@@ -25,15 +25,12 @@ COMPILE_SECONDS, COMPILE_SAVES = 60, 0.1  # what it costs; the least share of a 
 TOKENS, WORK = 2048, 10**10  # of the measurement: at most so many tokens, and parameters x tokens
 
 
-def settle_speed(args, device, student: nn.Module, teacher=None, exact: bool = False) -> None:
+def settle_speed(args, device, student: nn.Module, teacher=None) -> None:
     """Replace --dtype auto, and a --compile that was left open, by what pays here; say so.
 
     The teacher's precision is args.teacher_dtype: only its forward pass runs, so it may gain where
     the student does not. A --dtype that the user names is for both.
-    exact: what is learned needs the last digits, so that "auto" on a CPU is float32.
     """
-    if exact and device.type == "cpu" and args.dtype == "auto":
-        args.dtype = "float32"
     args.teacher_dtype = args.dtype
     if args.resume:
         before = earlier_flags(args.out)

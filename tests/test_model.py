@@ -460,7 +460,7 @@ def test_attention_learns_in_float32_under_bfloat16():
 @pytest.mark.parametrize("K", [1, 2, 6])
 @pytest.mark.parametrize("form", [attend, causal_attention])
 def test_shared_key_value_heads(form, K):
-    """As if every key-value head were copied for its H / K queries: value and gradients, float32."""
+    """As if every key-value head were copied for its H / K queries: value and gradients."""
     query = torch.randn(2, 6, 9, 8, requires_grad=True)
     key, value = (torch.randn(2, K, 9, 8, requires_grad=True) for _ in range(2))
     copies = [x.repeat_interleave(6 // K, dim=1) for x in (key, value)]

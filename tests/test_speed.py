@@ -118,16 +118,6 @@ def test_student_and_teacher_are_settled_apart(tmp_path, monkeypatch):
     assert (args.dtype, args.teacher_dtype) == ("float32", "float32")
 
 
-def test_what_must_be_exact_is_float32_on_a_cpu(tmp_path, monkeypatch):
-    timed(monkeypatch, float32=1.0, bfloat16=0.1)
-    args = flags(tmp_path)
-    settle_speed(args, CPU, model(), model().requires_grad_(False), exact=True)
-    assert (args.dtype, args.teacher_dtype) == ("float32", "float32")
-    args = flags(tmp_path, dtype="bfloat16")  # unless the user says otherwise
-    settle_speed(args, CPU, model(), exact=True)
-    assert args.dtype == "bfloat16"
-
-
 @pytest.mark.parametrize("steps, compiles", [(100, False), (10_000, True)])
 @pytest.mark.parametrize("compiler", [True, False])
 def test_compiled_where_the_run_is_long_enough(tmp_path, monkeypatch, steps, compiles, compiler):

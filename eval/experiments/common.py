@@ -41,7 +41,7 @@ def data_folder(scale: Scale) -> str:
 
 @lru_cache
 def precision(scale: Scale) -> str:
-    """--dtype of all text runs of a preset in this folder, so that their rows compare.
+    """--dtype of all runs of a preset in this folder, so that their rows compare.
 
     The first experiment measures which is faster for the student, on one thread as the workers
     have; out/PRESET/precision.json keeps the answer.
@@ -58,7 +58,7 @@ def precision(scale: Scale) -> str:
         dtype, _ = faster(student, input_ids, "auto", told)
         torch.set_num_threads(threads)
         write_json(path, {"dtype": dtype, "measured": told[0]})
-        print(f"all text runs in {root(scale)}: --dtype {dtype} ({told[0]})")
+        print(f"all runs in {root(scale)}: --dtype {dtype} ({told[0]})")
     release(path)
     return read_json(path)["dtype"]
 
@@ -109,11 +109,12 @@ def distilled(
     share: float = 1.0,
     teacher_size: str | None = None,
     cache: Job | None = None,
+    live: bool = False,
 ) -> Job:
     """The student distilled from a teacher of the same seed.
 
     The reference teacher has many students: they read its hidden states from a file, or what else
-    `cache` has kept. A teacher with a single student is run live.
+    `cache` has kept. A teacher with a single student is run live: one of another size, or `live`.
     """
     size = teacher_size or scale.teacher
     teacher = pretrained(scale, size, seed)
@@ -128,7 +129,7 @@ def distilled(
         *text_flags(scale, seed, share),
     )
     needs = (teacher,)
-    if size == scale.teacher:
+    if size == scale.teacher and not live:
         cache = cache or teacher_cache(scale, teacher)
         flags += (("teacher_cache", cache.out),)
         needs += (cache,)

@@ -12,7 +12,8 @@ def experiment(scale):
     arms = [
         ("teacher", lambda seed: pretrained(scale, scale.teacher, seed)),
         ("plain", lambda seed: pretrained(scale, scale.student, seed)),
-        ("distilled", lambda seed: distilled(scale, seed)),
+        # A seed that no other experiment has: its teacher has one student.
+        ("distilled", lambda seed: distilled(scale, seed, live=seed >= scale.seeds)),
     ]
     return text_experiment(scale, "headline", arms, scale.headline_seeds)
 

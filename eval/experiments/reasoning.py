@@ -19,7 +19,7 @@ from pathlib import Path
 from eval.reasoning import evaluate_reasoning
 from run.setup import choose_device, keep_freed_memory
 
-from .common import Experiment, data_folder, root, run_alone
+from .common import Experiment, data_folder, precision, root, run_alone
 from .jobs import Job
 
 
@@ -32,6 +32,7 @@ def train_job(scale, name, seed, student, needs=(), data=None, **more) -> Job:
         ("steps", scale.reason_steps),
         ("batch_size", scale.reason_batch),
         ("seed", seed),
+        ("dtype", precision(scale)),
         *more.items(),
     )
     return Job("train_distill_reason", f"{root(scale)}/runs/{name}-s{seed}", flags, needs)
