@@ -74,7 +74,9 @@ def faster(model, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:
     worth_a_try = device.type == "cuda" or model.num_parameters() >= SMALLEST_FOR_BFLOAT16
     if dtype == "auto" and device.type != "mps" and worth_a_try:
         tried.append("bfloat16")
-    times = {name: parallel.of_main(measure(model, input_ids, name)) for name in tried}
+    # Where nothing is chosen the time only tells how long the run will take: once is enough.
+    rounds = 4 if len(tried) > 1 else 1
+    times = {name: parallel.of_main(measure(model, input_ids, name, rounds)) for name in tried}
     best = tried[-1] if times[tried[-1]] < GAIN_NEEDED * times[tried[0]] else tried[0]
     shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
     learns = any(parameter.requires_grad for parameter in model.parameters())
@@ -82,11 +84,11 @@ def faster(model, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:
     return best, times[best]
 
 
-def measure(model, input_ids: Tensor, dtype: str) -> float:
-    """Seconds for a pass over input_ids (B, S): the fastest of four, after one to warm up."""
+def measure(model, input_ids: Tensor, dtype: str, rounds: int = 4) -> float:
+    """Seconds for a pass over input_ids (B, S): the fastest, after one to warm up."""
     learns = any(parameter.requires_grad for parameter in model.parameters())
     tries = []
-    for _ in range(5):
+    for _ in range(1 + rounds):
         started = time.perf_counter()
         with autocast(input_ids.device, dtype), torch.set_grad_enabled(learns):
             logits = model.lm_head(model.model(input_ids))

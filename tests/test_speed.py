@@ -82,7 +82,7 @@ def flags(tmp_path, **more):
 
 def timed(monkeypatch, **seconds):
     """Let `measure` find these seconds; it is asked for no other precision."""
-    monkeypatch.setattr(speed, "measure", lambda model, ids, dtype: seconds[dtype])
+    monkeypatch.setattr(speed, "measure", lambda model, ids, dtype, rounds: seconds[dtype])
     monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 0 if "bfloat16" in seconds else 10**9)
 
 

@@ -96,6 +96,7 @@ def teacher_cache(scale: Scale, teacher: Job, method: str = "hidden", k: int = 0
         *((("k", k),) if k else ()),
         ("seq_len", scale.seq_len),
         ("data_share", scale.text_share),
+        ("dtype", precision(scale)),
     )
     name = method + (str(k) if k else "")
     return Job("dataset.cache_teacher", f"{teacher.out}/{name}.cache", flags, (teacher,))
