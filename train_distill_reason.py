@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat import PARTS, ChatData
+from dataset.chat import ChatData, parts_of
 from dataset.tokenizer import TAGS, load_tokenizer, special_id, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss, reasoning_weights
 from eval.metrics import evaluate
@@ -153,7 +153,7 @@ def main(args) -> dict:
         )
         for split in ("train", "val")
     )
-    parts = max(args.accumulation_steps, PARTS)
+    parts = parts_of(args.batch_size, args.accumulation_steps)
     print(
         f"{args.data}: {data.size} conversations, {data.cut} cut to {args.seq_len} tokens, "
         f"{data.padding_share(args.batch_size, parts):.1%} padding"

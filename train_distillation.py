@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset.cache_file import TeacherCache
-from dataset.chat import PARTS, ChatData
+from dataset.chat import ChatData, parts_of
 from dataset.packing import PackedText
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from distill import HiddenTeacher, fused_mixed_loss
@@ -107,9 +107,10 @@ def open_data(args):
             ChatData(args.data, tokenizer, split, args.seq_len, skip_bad=args.skip_bad)
             for split in ("train", "val")
         )
+        parts = parts_of(args.batch_size, args.accumulation_steps)
         print(
             f"{args.data}: {train.size} conversations, {train.cut} cut to {args.seq_len} "
-            f"tokens, {train.padding_share(args.batch_size, PARTS):.1%} padding"
+            f"tokens, {train.padding_share(args.batch_size, parts):.1%} padding"
         )
         return train, held_out
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
@@ -136,7 +137,9 @@ def main(args) -> dict:
     # 2. Data: windows of a token stream, or conversations padded to their batch.
     data, held_out = open_data(args)
     packed = isinstance(data, PackedText)
-    parts = args.accumulation_steps if packed else max(args.accumulation_steps, PARTS)
+    parts = args.accumulation_steps  # windows of a stream have one length, conversations not
+    if not packed:
+        parts = parts_of(args.batch_size, parts)
     # 3. Models: the teacher is fixed, the student learns.
     teacher = None
     if needs_teacher:

@@ -6,11 +6,11 @@
 The labels cover the assistant's content and the <|im_end|> that ends it, so a model learns to
 stop. Labels are shifted here, once: labels[s] is the token after input_ids[s].
 
-A batch is a random draw, sorted by length, longest first. The scripts cut it into PARTS
-micro-batches and each of these at its own longest row, so little of what is computed is padding,
-yet short and long conversations are learned from in every step. (Batches of one length each, the
-usual bucketing, made the loss jump from 0.1 to 0.9 from step to step: a batch was then all
-one-step problems or all four-step ones.)
+A batch is a random draw, sorted by length, longest first. The scripts cut it into micro-batches
+(`parts_of`) and each of these at its own longest row, so little of what is computed is padding, yet
+short and long conversations are learned from in every step. (Batches of one length each, the usual
+bucketing, made the loss jump from 0.1 to 0.9 from step to step: a batch was then all one-step
+problems or all four-step ones.)
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .sources import read_jsonl, tell_bad_lines, tolerate
 from .tokenizer import encode, encode_tagged, special_id
 
 IGNORE = -100
-PARTS = 4  # micro-batches of a batch
+PARTS, ROWS = 4, 8  # micro-batches of a batch: at most so many, of at least so many rows
 PAD_ID = 0
 ROLES = ("system", "user", "assistant")
 THINK_SPAN = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -198,6 +198,12 @@ class ChatData:
         chosen = np.argsort(self.lengths[:most_examples], kind="stable")[::-1]
         for start in range(0, len(chosen), batch_size):
             yield self.collate(chosen[start : start + batch_size])
+
+
+def parts_of(batch_size: int, accumulation_steps: int = 1) -> int:
+    """Micro-batches of a batch. More of them are less padding, but each costs some time by itself;
+    --accumulation_steps may ask for more, to save memory."""
+    return max(accumulation_steps, min(PARTS, batch_size // ROWS), 1)
 
 
 def held_out(turns: list[dict], val_share: float, salt: str = "") -> bool:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dataset.chat import (
-    PARTS,
     ChatData,
     encode_conversation,
     encode_prompt,
     gsm8k_conversation,
     held_out,
     only_answer,
+    parts_of,
 )
 from dataset.prepare import problem_line
 from dataset.problems import make_problems
@@ -378,14 +378,22 @@ def test_padding_of_generated_problems_is_small(tmp_path, prepared_folder, batch
     data = ChatData(path, load_tokenizer(prepared_folder), "train", 10_000, val_share=0.0)
     tokens = computed = 0
     for input_ids, _ in epoch(data, batch_size, seed=4):
-        for piece in input_ids.chunk(PARTS):  # the scripts cut each at its own longest row
+        for piece in input_ids.chunk(parts_of(batch_size)):  # each is cut at its own longest row
             lengths = (piece != PAD).sum(1).tolist()
             tokens += sum(lengths)
             computed += len(lengths) * max(lengths)
     assert tokens == sum(len(ids) for ids, _ in data.examples)
     assert 1 - tokens / computed < 0.15
-    shown = data.padding_share(batch_size, PARTS)  # of another seed's batches
+    shown = data.padding_share(batch_size, parts_of(batch_size))  # of another seed's batches
     assert shown == pytest.approx(1 - tokens / computed, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation_steps, parts",
+    [(1, 1, 1), (7, 1, 1), (16, 1, 2), (32, 1, 4), (512, 1, 4), (16, 8, 8), (64, 2, 4)],
+)
+def test_micro_batches_of_conversations(batch_size, accumulation_steps, parts):
+    assert parts_of(batch_size, accumulation_steps) == parts
 
 
 def test_cut_conversations_are_counted_and_kept(tmp_path, letters):
