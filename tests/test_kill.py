@@ -152,14 +152,14 @@ def test_a_full_disk_loses_nothing(limit, prepared_folder, tmp_path):
     """A limit on the size of a file stands for the disk: config, tokenizer, weights and resume
     state fail in turn. Afterwards the run goes on and ends as if nothing had happened."""
     words = command_of("pretrain", prepared_folder, None, tmp_path / "run")
-    with open(tmp_path / "log", "w+") as log:
-        limited = start(["-c", LIMITED, limit, *words], tmp_path / "run", log)
-        assert limited.wait() == 2
-        log.seek(0)
-        said = log.read()
-        assert "could not be written" in said and "make room on its disk" in said
-        assert "Traceback" not in said
-        assert not list(tmp_path.glob("run/**/*.tmp"))
+    # Through a pipe: a log would be a file with the same limit.
+    limited = start(["-c", LIMITED, limit, *words], tmp_path / "run", subprocess.PIPE)
+    said = b"".join(limited.communicate()).decode("utf-8")
+    assert limited.returncode == 2
+    assert "could not be written" in said and "make room on its disk" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("run/**/*.tmp"))
+    with open(tmp_path / "log", "w") as log:
         assert start([*words, "--resume"], tmp_path / "run", log).wait() == 0
         words = command_of("pretrain", prepared_folder, None, tmp_path / "whole")
         assert start(words, tmp_path / "whole", log).wait() == 0
