@@ -181,7 +181,7 @@ class FusedMixedLoss(torch.autograd.Function):
                     None if kl_weights is None else kl_weights[rows],
                     temperature,
                 )
-                loss += part
+                loss = loss + part  # in place, torch 2.11 compiles a gradient of 0
                 logits_grad = logits_grad.to(low)
                 if need_hidden:
                     hidden_grad[rows] = logits_grad @ head_low
