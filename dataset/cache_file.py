@@ -26,7 +26,8 @@ from model.checkpoint import weight_files
 from run.files import file_hash
 
 HEADER_BYTES = 4096
-METHODS = ("topk", "sample", "full", "hidden")
+SPARSE = ("topk", "sample")  # keep k tokens
+METHODS = (*SPARSE, "full", "hidden")
 SIZES = ("windows", "seq_len", "k", "vocab_size", "teacher_width")
 
 
@@ -80,7 +81,8 @@ def read_header(path) -> dict:
         if header["method"] not in METHODS:
             raise ValueError(f"method {header['method']!r}")
         for name in SIZES:
-            if type(header[name]) is not int or not 0 <= header[name] <= 10**12:
+            least = {"windows": 0, "k": int(header["method"] in SPARSE)}.get(name, 1)
+            if type(header[name]) is not int or not least <= header[name] <= 10**12:
                 raise ValueError(f"{name} {header[name]!r}")
         size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -119,7 +121,7 @@ class TeacherCache:
                 "it again with a larger --data_share, or train with a smaller one"
             )
         self.method = header["method"]
-        if self.method in ("topk", "sample") and header["temperature"] != temperature:
+        if self.method in SPARSE and header["temperature"] != temperature:
             raise ValueError(
                 f"{path} holds probabilities at --temperature {header['temperature']:g}, this "
                 f"run has {temperature:g}: make one for it, or use --method hidden or full, which "
