@@ -61,25 +61,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     On a CPU the kernel's backward pass takes twice as long in bfloat16 as in float32, and for
     short sequences the formula itself, compiled, two thirds of the time that it takes in float32.
     """
-    device, S = query.device.type, query.shape[2]
+    device = query.device.type
     slow = device == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-    if slow and torch.compiler.is_compiling() and mask is None and S <= SHORT:
+    if slow and torch.compiler.is_compiling() and mask is None and query.shape[2] <= SHORT:
         return causal_attention(query, key, value)
     if slow:
         query, key, value = query.float(), key.float(), value.float()
-    shape = query.shape
-    if S == 1:  # queries that share a key-value head stand as if they were several positions of it
-        query = query.reshape(shape[0], key.shape[1], -1, shape[3])
     with torch.autocast(device, enabled=False) if slow else nullcontext():
-        mixed = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None and S > 1,
+            is_causal=mask is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    return mixed.view(shape)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
