@@ -351,9 +351,8 @@ def write_results(path: Path, rows: list[dict]) -> None:
         atomic_path(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        order = [(group, size) for group, (_, sizes, _) in GROUPS.items() for size in ("", *sizes)]
-        place = {key: number for number, key in enumerate(order)}
-        rows = sorted(rows, key=lambda r: place.get((r["group"], r["size"]), place[r["group"], ""]))
+        order = [(group, size) for group, (_, sizes, _) in GROUPS.items() for size in sizes]
+        rows = sorted(rows, key=lambda row: order.index((row["group"], row["size"])))
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import types
 from contextlib import nullcontext
 from pathlib import Path
@@ -247,6 +248,21 @@ def test_a_failing_job_stops_the_pool(tmp_path, monkeypatch):
     job = Job("train_pretrain", str(tmp_path / "run"), (("data", "nowhere"),))
     with pytest.raises(ValueError, match="nowhere"):
         jobs.run_jobs([job])
+
+
+def test_what_fails_after_a_job_is_raised(tmp_path, prepared_folder):
+    """It runs in a thread of its own, from which nothing else would be heard."""
+    flags = (("data", prepared_folder), ("model", "nano"), ("steps", 1), ("batch_size", 2))
+    job = Job("train_pretrain", str(tmp_path / "run"), flags)
+    calls = []
+
+    def after_each():
+        calls.append(threading.current_thread() is threading.main_thread())
+        raise ValueError("no row")
+
+    with pytest.raises(ValueError, match="no row"):
+        jobs.run_jobs([job], after_each)
+    assert calls == [False] and job.is_done()
 
 
 def test_report_means():

@@ -245,11 +245,17 @@ def test_groups_measured_apart_stand_in_one_file(tmp_path):
                 "variant": variant, "tokens_per_second": speed}  # fmt: skip
 
     path = tmp_path / "results.csv"
-    benchmark.write_results(path, [row("loss", "a", "plain", 1), row("loss", "a", "fused", 2)])
-    benchmark.write_results(path, [row("pretraining", "a", "float32", 3)])
-    benchmark.write_results(path, [row("loss", "a", "plain", 4)])
+    loss = "4096x32768"
+    benchmark.write_results(path, [row("loss", loss, "plain", 1), row("loss", loss, "fused", 2)])
+    benchmark.write_results(path, [row("pretraining", "mini", "float32", 3)])
+    benchmark.write_results(path, [row("pretraining", "nano", "float32", 5)])
+    benchmark.write_results(path, [row("loss", loss, "plain", 4)])
     got = [(k, int(v["tokens_per_second"])) for k, v in benchmark.read_results(path).items()]
-    assert got == [(("pretraining", "a", "float32"), 3), (("loss", "a", "plain"), 4)]
+    assert got == [
+        (("pretraining", "nano", "float32"), 5),
+        (("pretraining", "mini", "float32"), 3),
+        (("loss", loss, "plain"), 4),
+    ]
 
 
 def test_bad_benchmark_flags(tmp_path):
