@@ -352,7 +352,8 @@ def write_results(path: Path, rows: list[dict]) -> None:
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         order = [(group, size) for group, (_, sizes, _) in GROUPS.items() for size in sizes]
-        rows = sorted(rows, key=lambda row: order.index((row["group"], row["size"])))
+        place = {key: number for number, key in enumerate(order)}  # sizes of old come last
+        rows = sorted(rows, key=lambda row: place.get((row["group"], row["size"]), len(order)))
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -246,6 +246,7 @@ def test_groups_measured_apart_stand_in_one_file(tmp_path):
 
     path = tmp_path / "results.csv"
     loss = "4096x32768"
+    benchmark.write_results(path, [row("pretraining", "a size of old", "float32", 6)])
     benchmark.write_results(path, [row("loss", loss, "plain", 1), row("loss", loss, "fused", 2)])
     benchmark.write_results(path, [row("pretraining", "mini", "float32", 3)])
     benchmark.write_results(path, [row("pretraining", "nano", "float32", 5)])
@@ -255,6 +256,7 @@ def test_groups_measured_apart_stand_in_one_file(tmp_path):
         (("pretraining", "nano", "float32"), 5),
         (("pretraining", "mini", "float32"), 3),
         (("loss", loss, "plain"), 4),
+        (("pretraining", "a size of old", "float32"), 6),
     ]
 
 
