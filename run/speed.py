@@ -23,6 +23,7 @@ SMALLEST_FOR_BFLOAT16 = 150_000  # parameters; on a CPU smaller models are not w
 GAIN_NEEDED = 0.9  # of float32's time: a tie must not make two runs of one command differ
 COMPILE_SECONDS, COMPILE_SAVES = 60, 0.1  # what it costs; the least share of a step that it saves
 TOKENS, WORK = 2048, 10**10  # of the measurement: at most so many tokens, and parameters x tokens
+ROUNDS = 4
 
 
 def settle_speed(args, device, student: nn.Module, teacher=None) -> None:
@@ -41,12 +42,11 @@ def settle_speed(args, device, student: nn.Module, teacher=None) -> None:
             args.compile = before.get("compile")
     if "auto" not in (args.dtype, args.teacher_dtype) and args.compile is not None:
         return
-    largest = max(model.num_parameters() for model in (student, teacher) if model is not None)
-    rows = max(1, min(args.batch_size, min(TOKENS, WORK // largest) // args.seq_len))
-    input_ids, told = example_ids(student, rows, args.seq_len), []
-    args.dtype, seconds = faster(student, input_ids, args.dtype, told)
+    models = [model for model in (student, teacher) if model is not None]
+    input_ids, told = example_ids(models, args.batch_size, args.seq_len), []
+    args.dtype, seconds = faster("student", [student], input_ids, args.dtype, told)
     if teacher is not None:
-        args.teacher_dtype, more = faster(teacher, input_ids, args.teacher_dtype, told)
+        args.teacher_dtype, more = faster("teacher", [teacher], input_ids, args.teacher_dtype, told)
         seconds += more
     else:
         args.teacher_dtype = args.dtype
@@ -58,47 +58,52 @@ def settle_speed(args, device, student: nn.Module, teacher=None) -> None:
         print(f"{input_ids.numel()} tokens: {'; '.join(told)}; {compiled}")
 
 
-def example_ids(model, rows: int, sequence: int) -> Tensor:
-    """Some token ids (rows, sequence) on the model's device: what they are takes no time."""
-    ids = torch.arange(rows * sequence, device=model.lm_head.weight.device)
-    return ids.view(rows, sequence) % model.config.vocab_size
+def example_ids(models, batch_size: int, seq_len: int) -> Tensor:
+    """Some ids (rows, seq_len) on the models' device, at most a batch; which ids takes no time."""
+    largest = max(model.num_parameters() for model in models)
+    rows = max(1, min(batch_size, min(TOKENS, WORK // largest) // seq_len))
+    ids = torch.arange(rows * seq_len, device=models[0].lm_head.weight.device)
+    return ids.view(rows, seq_len) % models[0].config.vocab_size
 
 
-def faster(model, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:
-    """The precision to use and its seconds, for forward (and backward, where the model learns).
+def faster(label: str, models, input_ids, dtype: str, told: list[str]) -> tuple[str, float]:
+    """The precision to use for all of `models`, and the seconds that they take together.
 
-    dtype: "auto", or the only one to time. told: gets a line about it.
+    dtype: "auto", or the only one to time. told: gets a line about it, which begins with label.
+    The precisions take turns, so that a busy moment of the machine does not choose between them.
     """
     device = input_ids.device
     tried = [dtype] if dtype != "auto" else ["float32"]
-    worth_a_try = device.type == "cuda" or model.num_parameters() >= SMALLEST_FOR_BFLOAT16
+    largest = max(model.num_parameters() for model in models)
+    worth_a_try = device.type == "cuda" or largest >= SMALLEST_FOR_BFLOAT16
     if dtype == "auto" and device.type != "mps" and worth_a_try:
         tried.append("bfloat16")
     # Where nothing is chosen the time only tells how long the run will take: once is enough.
-    rounds = 4 if len(tried) > 1 else 1
-    times = {name: parallel.of_main(measure(model, input_ids, name, rounds)) for name in tried}
-    best = tried[-1] if times[tried[-1]] < GAIN_NEEDED * times[tried[0]] else tried[0]
-    shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
-    learns = any(parameter.requires_grad for parameter in model.parameters())
-    told.append(f"{'student' if learns else 'teacher'} {shown}: {best}")
-    return best, times[best]
+    rounds = ROUNDS if len(tried) > 1 else 1
+    turns = [
+        [sum(measure(model, input_ids, name) for model in models) for name in tried]
+        for _ in range(1 + rounds)
+    ][1:]  # the first warms up
+    times = [parallel.of_main(min(seconds)) for seconds in zip(*turns, strict=True)]
+    best = -1 if times[-1] < GAIN_NEEDED * times[0] else 0
+    shown = ", ".join(f"{n} {1000 * t:.0f} ms" for n, t in zip(tried, times, strict=True))
+    told.append(f"{label} {shown}: {tried[best]}")
+    return tried[best], times[best]
 
 
-def measure(model, input_ids: Tensor, dtype: str, rounds: int = 4) -> float:
-    """Seconds for a pass over input_ids (B, S): the fastest, after one to warm up."""
+def measure(model, input_ids: Tensor, dtype: str) -> float:
+    """Seconds of one pass over input_ids (B, S): forward, and backward where the model learns."""
     learns = any(parameter.requires_grad for parameter in model.parameters())
-    tries = []
-    for _ in range(1 + rounds):
-        started = time.perf_counter()
-        with autocast(input_ids.device, dtype), torch.set_grad_enabled(learns):
-            logits = model.lm_head(model.model(input_ids))
-        if learns:
-            logits.float().logsumexp(-1).mean().backward()
-        if input_ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        tries.append(time.perf_counter() - started)
-        model.zero_grad(set_to_none=True)
-    return min(tries[1:])
+    started = time.perf_counter()
+    with autocast(input_ids.device, dtype), torch.set_grad_enabled(learns):
+        logits = model.lm_head(model.model(input_ids))
+    if learns:
+        logits.float().logsumexp(-1).mean().backward()
+    if input_ids.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return seconds
 
 
 def compiler_for(device: torch.device) -> bool:

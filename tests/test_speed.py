@@ -82,7 +82,7 @@ def flags(tmp_path, **more):
 
 def timed(monkeypatch, **seconds):
     """Let `measure` find these seconds; it is asked for no other precision."""
-    monkeypatch.setattr(speed, "measure", lambda model, ids, dtype, rounds: seconds[dtype])
+    monkeypatch.setattr(speed, "measure", lambda model, ids, dtype: seconds[dtype])
     monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 0 if "bfloat16" in seconds else 10**9)
 
 
@@ -116,6 +116,28 @@ def test_student_and_teacher_are_settled_apart(tmp_path, monkeypatch):
     args = flags(tmp_path, dtype="float32")  # what the user names is for both
     settle_speed(args, CPU, student, teacher)
     assert (args.dtype, args.teacher_dtype) == ("float32", "float32")
+
+
+def test_the_precision_of_a_sweep_is_that_of_its_models_together(monkeypatch, tmp_path):
+    """A student that gains too little to tell, 0.95, and a teacher that gains enough: 1.45 of 2."""
+    from eval.experiments import common
+    from eval.experiments.scales import SCALES
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "SMALLEST_FOR_BFLOAT16", 0)
+    student = Transformer(ModelConfig.preset(SCALES["quick"].student, 2048)).num_parameters()
+
+    def measured(model, ids, dtype):
+        gain = 0.95 if model.num_parameters() == student else 0.5
+        return 1.0 if dtype == "float32" else gain
+
+    monkeypatch.setattr(speed, "measure", measured)
+    common.precision.cache_clear()
+    assert common.precision(SCALES["quick"]) == "bfloat16"
+    monkeypatch.setattr(speed, "measure", lambda *_: 1 / 0)
+    common.precision.cache_clear()
+    assert common.precision(SCALES["quick"]) == "bfloat16"  # out/quick/precision.json remembers
+    common.precision.cache_clear()
 
 
 @pytest.mark.parametrize("steps, compiles", [(100, False), (10_000, True)])

@@ -43,19 +43,21 @@ def data_folder(scale: Scale) -> str:
 def precision(scale: Scale) -> str:
     """--dtype of all runs of a preset in this folder, so that their rows compare.
 
-    The first experiment measures which is faster for the student, on one thread as the workers
-    have; out/PRESET/precision.json keeps the answer.
+    The first experiment measures which is faster for student and teacher together, on one thread
+    as the workers have; out/PRESET/precision.json keeps the answer.
     """
     path = Path(root(scale)) / "precision.json"
     hold(path, wait=True)
     if not path.is_file():
         keep_freed_memory()
-        student = Transformer(ModelConfig.preset(scale.student, scale.vocab_size))
-        student.to(choose_device("auto"))
-        input_ids = example_ids(student, scale.text_batch, scale.seq_len)
+        models = [
+            Transformer(ModelConfig.preset(size, scale.vocab_size)).to(choose_device("auto"))
+            for size in (scale.student, scale.teacher)
+        ]
+        input_ids = example_ids(models, scale.text_batch, scale.seq_len)
         threads, told = torch.get_num_threads(), []
         torch.set_num_threads(1)
-        dtype, _ = faster(student, input_ids, "auto", told)
+        dtype, _ = faster("student and teacher", models, input_ids, "auto", told)
         torch.set_num_threads(threads)
         write_json(path, {"dtype": dtype, "measured": told[0]})
         print(f"all runs in {root(scale)}: --dtype {dtype} ({told[0]})")
@@ -288,7 +290,7 @@ def prepare_data(scale: Scale) -> None:
     out = data_folder(scale)
     if not (Path(out) / "meta.json").is_file():
         words = ["--out", out]
-        for flag in ("vocab_size", "prompts", "test_problems"):
+        for flag in ("vocab_size", "problems", "prompts", "test_problems"):
             words += [f"--{flag}", str(getattr(scale, flag))]
         print("$ python -m dataset.prepare " + " ".join(words))
         prepare.main(prepare.parse_args(words))

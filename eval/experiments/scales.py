@@ -21,6 +21,7 @@ class Scale:
     reason_steps: int
     reason_batch: int
     vocab_size: int = 2048
+    problems: int = 20000  # with gold traces; a twentieth is held out to evaluate on
     prompts: int = 10000  # problems for which the reasoning teacher writes traces
     test_problems: int = 1000
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -43,6 +44,7 @@ SCALES = {
         reason_teacher="micro",
         reason_steps=700,
         reason_batch=16,
+        problems=12000,  # no more than the steps reach: reading them takes seconds in every run
         prompts=3000,
         test_problems=500,
         temperatures=(0.5, 1.0, 2.0, 4.0),
