@@ -189,11 +189,11 @@ def main(args) -> dict:
                 for tensor in (ids, chosen, targets.flatten()[chosen], weight.flatten()[chosen])
             )
             with autocast(device, args.dtype):
-                student_hidden = student_body(ids).flatten(0, 1)[chosen]  # (N, D)
+                student_hidden = student_body(ids, keep=chosen)  # (N, D)
                 teacher_says = None
                 if teacher is not None:
                     with torch.no_grad(), autocast(device, args.teacher_dtype):
-                        teacher_hidden = teacher.model(ids).flatten(0, 1)[chosen]
+                        teacher_hidden = teacher.model(ids, keep=chosen)
                         teacher_says = HiddenTeacher(teacher_hidden, teacher.lm_head.weight)
                 part = share * compute_loss(
                     student_hidden,

@@ -150,13 +150,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary, cache=None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary, cache=None, mask=None, keep=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask)
+        if keep is not None:  # from here on a token is by itself
+            x = x.flatten(0, 1).index_select(0, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: input_ids (B, S) -> hidden states (B, S, D)."""
+    """Embedding, blocks and the last norm: input_ids (B, S) -> hidden states (B, S, D).
+
+    keep (N,): places of the flattened (B * S) tokens; only theirs come back, (N, D). The others
+    still are keys and values for them, but spare the last block's feed-forward layer.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -165,14 +171,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions=None, cache=None, mask=None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions=None, cache=None, mask=None, keep: Tensor | None = None
+    ) -> Tensor:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
+        *first, last = self.layers
+        for layer in first:
             x = layer(x, rotary, cache, mask)
-        return self.norm(x)
+        return self.norm(last(x, rotary, cache, mask, keep))
 
 
 class Transformer(nn.Module):

@@ -257,6 +257,24 @@ def test_right_padding_does_not_reach_a_logit():
     torch.testing.assert_close(model(padded)[:, :7], model(torch.tensor(IDS)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_only_the_hidden_states_that_are_asked_for(layers):
+    """Same values and same gradients as all of them, of which some are chosen: here the trace, two
+    tokens of a row and four of another, in any order and one twice."""
+    torch.manual_seed(0)
+    model = Transformer(replace(ModelConfig.preset("nano", 50), num_hidden_layers=layers)).double()
+    ids = torch.randint(0, 50, (2, 9))
+    keep = torch.tensor([7, 8, 17, 16, 15, 14, 14])
+    gradients = []
+    for hidden in (model.model(ids).flatten(0, 1)[keep], model.model(ids, keep=keep)):
+        assert hidden.shape == (7, model.config.hidden_size)
+        hidden.pow(3).sum().backward()
+        gradients.append([hidden.detach(), *(p.grad.clone() for p in model.model.parameters())])
+        model.zero_grad()
+    for whole, chosen in zip(*gradients, strict=True):
+        torch.testing.assert_close(chosen, whole, rtol=1e-9, atol=1e-9)
+
+
 def test_positions_count_from_anywhere():
     """Rotary attention knows distances only: shifting all positions changes nothing."""
     model = random_model(TINY)
