@@ -107,6 +107,7 @@ TINY = dataclasses.replace(
     text_batch=2,
     seq_len=32,
     text_share=1.0,
+    text_warmup=1,
     reason_teacher="nano",
     reason_steps=2,
     reason_batch=8,

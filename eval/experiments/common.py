@@ -72,6 +72,7 @@ def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) 
     return (
         ("data", data_folder(scale)),
         ("steps", steps or scale.text_steps),
+        ("warmup", scale.text_warmup),
         ("batch_size", scale.text_batch),
         ("seq_len", scale.seq_len),
         ("data_share", float(share * scale.text_share)),

@@ -17,6 +17,7 @@ class Scale:
     text_batch: int
     seq_len: int
     text_share: float  # how much of the text is "all of it"
+    text_warmup: int  # steps; the scripts' default is too long for a hundred
     reason_teacher: str
     reason_steps: int
     reason_batch: int
@@ -37,10 +38,11 @@ SCALES = {
         teacher_sizes=("nano", "micro", "mini"),
         seeds=1,
         headline_seeds=2,
-        text_steps=100,
+        text_steps=110,
         text_batch=16,
         seq_len=128,
         text_share=0.25,
+        text_warmup=5,
         reason_teacher="micro",
         reason_steps=700,
         reason_batch=16,
@@ -62,6 +64,7 @@ SCALES = {
         text_batch=16,
         seq_len=128,
         text_share=1.0,
+        text_warmup=50,
         reason_teacher="micro",
         reason_steps=3000,
         reason_batch=16,
@@ -78,6 +81,7 @@ SCALES = {
         text_batch=32,
         seq_len=256,
         text_share=1.0,
+        text_warmup=50,
         reason_teacher="base",
         reason_steps=2000,
         reason_batch=64,
