@@ -77,6 +77,7 @@ def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) 
         ("seq_len", scale.seq_len),
         ("data_share", float(share * scale.text_share)),
         ("seed", seed),
+        ("eval_every", scale.text_eval_every),
         ("dtype", precision(scale)),
     )
 

@@ -32,6 +32,7 @@ def train_job(scale, name, seed, student, needs=(), data=None, **more) -> Job:
         ("steps", scale.reason_steps),
         ("batch_size", scale.reason_batch),
         ("seed", seed),
+        ("eval_every", scale.reason_eval_every),
         ("dtype", precision(scale)),
         *more.items(),
     )

@@ -21,6 +21,8 @@ class Scale:
     reason_teacher: str
     reason_steps: int
     reason_batch: int
+    text_eval_every: int = 100  # steps between the points of a learning curve
+    reason_eval_every: int = 100
     vocab_size: int = 2048
     problems: int = 20000  # with gold traces; a twentieth is held out to evaluate on
     prompts: int = 10000  # problems for which the reasoning teacher writes traces
@@ -46,6 +48,8 @@ SCALES = {
         reason_teacher="micro",
         reason_steps=700,
         reason_batch=16,
+        text_eval_every=22,
+        reason_eval_every=350,
         problems=12000,  # no more than the steps reach: reading them takes seconds in every run
         prompts=3000,
         test_problems=500,
