@@ -242,7 +242,7 @@ def generation(size: str, device, compiles: bool) -> tuple[Variants, dict[str, f
 GROUPS = {
     "pretraining": (pretraining, ("nano", "mini", "small"), 9),
     "distillation": (distillation, ("nano<mini", "mini<small", "small<base"), 9),
-    "loss": (loss_alone, ("4096x32768",), 3),
+    "loss": (loss_alone, ("4096x32768",), 9),
     "generation": (generation, ("nano", "mini", "small"), 3),
 }
 

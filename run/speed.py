@@ -78,11 +78,9 @@ def faster(label: str, models, input_ids, dtype: str, told: list[str]) -> tuple[
     worth_a_try = device.type == "cuda" or largest >= SMALLEST_FOR_BFLOAT16
     if dtype == "auto" and device.type != "mps" and worth_a_try:
         tried.append("bfloat16")
-    # Where nothing is chosen the time only tells how long the run will take: once is enough.
-    rounds = ROUNDS if len(tried) > 1 else 1
     turns = [
         [sum(measure(model, input_ids, name) for model in models) for name in tried]
-        for _ in range(1 + rounds)
+        for _ in range(1 + ROUNDS)
     ][1:]  # the first warms up
     times = [parallel.of_main(min(seconds)) for seconds in zip(*turns, strict=True)]
     best = -1 if times[-1] < GAIN_NEEDED * times[0] else 0

@@ -241,7 +241,8 @@ def test_jobs_run_once_and_after_what_they_need():
     third = Job("train_distillation", "c", (), (first, second))
     assert jobs.unfinished([third, second, third]) == [first, second, third]
     assert third.command == "python train_distillation.py --out c"
-    assert Job("dataset.x", "d", (("s", None), ("n", 2))).argv == ["--s", "--n", "2", "--out", "d"]
+    flags = (("s", None), ("n", 2), ("compile", False))
+    assert Job("dataset.x", "d", flags).argv == "--s --n 2 --no-compile --out d".split()
 
 
 def test_a_failing_job_stops_the_pool(tmp_path, monkeypatch):

@@ -68,6 +68,11 @@ def precision(scale: Scale) -> str:
 # Jobs.
 
 
+def speed_flags(scale: Scale) -> tuple:
+    """Precision and compilation, the same for all rows, whatever each run would measure."""
+    return ("dtype", precision(scale)), *(() if scale.compiles else (("compile", False),))
+
+
 def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) -> tuple:
     return (
         ("data", data_folder(scale)),
@@ -78,7 +83,7 @@ def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) 
         ("data_share", float(share * scale.text_share)),
         ("seed", seed),
         ("eval_every", scale.text_eval_every),
-        ("dtype", precision(scale)),
+        *speed_flags(scale),
     )
 
 
@@ -87,8 +92,8 @@ def pretrained(scale: Scale, size: str, seed: int, share: float = 1.0, **more) -
     name = f"plain-{size}-s{seed}" + (f"-share{share:g}" if share != 1 else "")
     name += "".join(f"-{value}" for value in more.values())
     steps = more.pop("steps", None)
-    flags = (("model", size), *text_flags(scale, seed, share, steps), *more.items())
-    return Job("train_pretrain", f"{root(scale)}/runs/{name}", flags)
+    flags = {"model": size, **dict(text_flags(scale, seed, share, steps)), **more}
+    return Job("train_pretrain", f"{root(scale)}/runs/{name}", tuple(flags.items()))
 
 
 def teacher_cache(scale: Scale, teacher: Job, method: str = "hidden", k: int = 0) -> Job:

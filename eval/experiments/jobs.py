@@ -27,7 +27,8 @@ from run.setup import available_cores, give_back_memory
 @dataclass(frozen=True)
 class Job:
     """script: a module with parse_args and main, as `python script.py` or `python -m package.x`.
-    out: what it writes. flags: (name, value) pairs; value None for a switch."""
+    out: what it writes. flags: (name, value) pairs; value None for a switch that is on, False for
+    one that is off."""
 
     script: str
     out: str
@@ -38,7 +39,10 @@ class Job:
     def argv(self) -> list[str]:
         words = []
         for name, value in self.flags:
-            words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+            if value is None or value is False:
+                words.append(f"--{name}" if value is None else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
         return [*words, "--out", self.out]
 
     @property

@@ -19,7 +19,7 @@ from pathlib import Path
 from eval.reasoning import evaluate_reasoning
 from run.setup import choose_device, keep_freed_memory
 
-from .common import Experiment, data_folder, precision, root, run_alone
+from .common import Experiment, data_folder, root, run_alone, speed_flags
 from .jobs import Job
 
 
@@ -33,7 +33,7 @@ def train_job(scale, name, seed, student, needs=(), data=None, **more) -> Job:
         ("batch_size", scale.reason_batch),
         ("seed", seed),
         ("eval_every", scale.reason_eval_every),
-        ("dtype", precision(scale)),
+        *speed_flags(scale),
         *more.items(),
     )
     return Job("train_distill_reason", f"{root(scale)}/runs/{name}-s{seed}", flags, needs)

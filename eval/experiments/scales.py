@@ -21,6 +21,7 @@ class Scale:
     reason_teacher: str
     reason_steps: int
     reason_batch: int
+    compiles: bool  # left to each run's own measurement; or not, where runs are short
     text_eval_every: int = 100  # steps between the points of a learning curve
     reason_eval_every: int = 100
     vocab_size: int = 2048
@@ -48,6 +49,7 @@ SCALES = {
         reason_teacher="micro",
         reason_steps=700,
         reason_batch=16,
+        compiles=False,
         text_eval_every=22,
         reason_eval_every=350,
         problems=12000,  # no more than the steps reach: reading them takes seconds in every run
@@ -72,6 +74,7 @@ SCALES = {
         reason_teacher="micro",
         reason_steps=3000,
         reason_batch=16,
+        compiles=False,
     ),
     # Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
     "full": Scale(
@@ -89,6 +92,7 @@ SCALES = {
         reason_teacher="base",
         reason_steps=2000,
         reason_batch=64,
+        compiles=True,
         vocab_size=6400,
     ),
 }
