@@ -30,10 +30,10 @@ from . import parallel, shards
 from .files import Finished, atomic_path, hold, read_json, write_json
 from .optim import Optimizer
 from .record import describe_device, git_state
-from .setup import peak_memory_mb
+from .setup import give_back_memory, peak_memory_mb
 from .state import OtherFlags, newest_state, write_state
 
-LOG_EVERY = 10
+LOG_EVERY, TRIM_EVERY = 10, 100
 MOST_SKIPPED = 10  # in a row, with --on_nonfinite skip
 bar_position = None  # the line of this process's progress bar, where several run at once
 NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
@@ -251,6 +251,8 @@ class Run:
             )
             speed = self.tokens / self.seconds()
             self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if self.step % TRIM_EVERY == 0:
+            give_back_memory()
         return evaluate
 
     def check_finite(self) -> float:

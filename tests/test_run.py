@@ -12,7 +12,7 @@ import torch
 from model import ModelConfig, Transformer
 from run.flags import add_common_flags, check_flags
 from run.optim import Optimizer, learning_rate
-from run.setup import autocast, available_cores, choose_device, setup
+from run.setup import autocast, available_cores, bound_kernel_cache, choose_device, setup
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
@@ -256,3 +256,14 @@ def test_precision_of_the_forward_pass():
 
 def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
+
+
+@pytest.mark.parametrize("said, kept", [(None, "128"), ("7", "7")])
+def test_few_compiled_kernels_are_kept(monkeypatch, said, kept):
+    """Unless the user says how many."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, said or "")
+    if said is None:
+        monkeypatch.delenv(name)
+    bound_kernel_cache()
+    assert os.environ[name] == kept
