@@ -39,6 +39,7 @@ from run.setup import autocast, choose_device, keep_freed_memory
 from .cache_file import (
     HEADER_BYTES,
     METHODS,
+    SPARSE,
     header_bytes,
     read_header,
     record_dtype,
@@ -124,9 +125,9 @@ def main(args) -> dict:
             f"the tokenizer of teacher {args.teacher} is not the one of {args.data}: prepare the "
             f"data with it: python -m dataset.prepare --tokenizer {args.teacher}"
         )
-    if args.method in ("topk", "sample") and not 1 <= args.k <= text.vocab_size:
+    sparse = args.method in SPARSE
+    if sparse and not 1 <= args.k <= text.vocab_size:
         raise ValueError(f"--k {args.k} must be between 1 and the vocabulary, {text.vocab_size}")
-    sparse = args.method in ("topk", "sample")
     header = {
         "format": "minidistill teacher cache 1",
         "method": args.method,
