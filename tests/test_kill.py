@@ -10,9 +10,13 @@ import random
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+
+import train_pretrain
+from eval.experiments.jobs import Job, execute
 
 ROOT = Path(__file__).parent.parent
 STEPS = ["--steps", "60", "--batch_size", "4", "--seq_len", "32", "--eval_every", "5"]
@@ -136,6 +140,25 @@ def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
     assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "01"})
     finals = said.count("perplexity")
     assert finals == 4, said[-3000:]  # nano is both teacher and plain student here
+
+
+def test_no_other_sweep_comes_between(prepared_folder, tmp_path, monkeypatch):
+    """From the look at a run's folder on nobody else may make that run."""
+    flags = (("model", "nano"), ("data", prepared_folder), ("steps", 2), ("batch_size", 2))
+    flags += (("seq_len", 32), ("device", "cpu"), ("dtype", "float32"), ("compile", False))
+    job, codes = Job("train_pretrain", str(tmp_path / "run"), flags), []
+
+    def main(args):
+        with open(tmp_path / "log", "w") as log:
+            other = start(["train_pretrain.py", *job.argv], tmp_path / "run", log)
+            codes.append(other.wait(timeout=300))
+        train_pretrain.main(args)
+
+    script = types.SimpleNamespace(main=main, parse_args=train_pretrain.parse_args)
+    monkeypatch.setitem(sys.modules, "train_pretrain", script)
+    execute(job)
+    assert codes == [2] and "in use by another process" in (tmp_path / "log").read_text()
+    assert job.is_done()
 
 
 LIMITED = """

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import run.folder
-from run.files import Finished, InUse, read_json, release_all
+from run.files import Finished, InUse, hold, read_json, release_all
 from run.setup import available_cores, give_back_memory
 
 
@@ -78,16 +78,16 @@ class Job:
 def execute(job: Job) -> None:
     """Run one job in this process; what it had begun before is resumed."""
     module = importlib.import_module(job.script)
-    resumable = job.script.startswith("train_") and Path(job.out).is_dir()
     give_back_memory()
     while True:
         try:
-            module.main(module.parse_args([*job.argv, *(["--resume"] if resumable else [])]))
+            hold(job.out)  # before looking: another sweep may be about to begin or finish it
+            begun = job.script.startswith("train_") and Path(job.out).is_dir()
+            module.main(module.parse_args([*job.argv, *(["--resume"] if begun else [])]))
         except Finished:
             return
         except InUse:  # another sweep runs it: it will have finished, or left a state to go on from
             time.sleep(2)
-            resumable = job.script.startswith("train_")
             continue
         finally:
             release_all()  # this worker lives on, and another sweep's may wait for the folder
