@@ -212,31 +212,30 @@ def teacher_chunk(teacher: Teacher, rows: slice, low, high) -> Tensor | SparseTe
 
 
 def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperature):
-    """Loss of a chunk, a scalar, and its gradient to logits (C, V), which are used up.
+    """Loss of a chunk, a scalar, and its gradient to logits (C, V).
 
-    Works in place wherever a tensor is not needed again: this code is bound by memory.
+    Most of the time goes into exponentials, so every distribution has one softmax and nothing else:
+    `softmax` tells its log-probabilities too. What is not needed again is worked on in place.
     """
     loss, gradient = 0.0, None
-    log_probs = logits.log_softmax(-1)  # log q
+    if ce_weights is not None or temperature == 1.0:
+        probs, constant = softmax(logits)  # q
     if ce_weights is not None:
         labels = labels.clamp(min=0)[:, None]  # an ignored label's weight is 0
-        chosen = log_probs.gather(-1, labels)[:, 0]
+        chosen = (logits.gather(-1, labels) + constant)[:, 0]  # log q of the label
         loss = -torch.where(ce_weights > 0, ce_weights * chosen, 0.0).sum()
     if kl_weights is None:
-        gradient = log_probs.exp_().mul_(ce_weights[:, None])
+        gradient = probs.mul_(ce_weights[:, None])
     else:
-        slope = kl_weights / temperature
-        if temperature == 1.0:
-            soft_log_probs, share = log_probs, slope if ce_weights is None else slope + ce_weights
-        else:
-            if ce_weights is not None:
-                gradient = log_probs.exp_().mul_(ce_weights[:, None])
-            soft_log_probs, share = (logits / temperature).log_softmax(-1), slope  # log q_T
-        if isinstance(teacher, SparseTeacher):
-            per_token, soft = sparse_kl(soft_log_probs, teacher, slope, share)
-        else:
-            teacher = teacher if temperature == 1.0 else teacher / temperature
-            per_token, soft = dense_kl(soft_log_probs, teacher, slope, share)
+        slope = share = kl_weights / temperature
+        if temperature != 1.0:
+            gradient = None if ce_weights is None else probs.mul_(ce_weights[:, None])
+            logits = logits / temperature
+            probs, constant = softmax(logits)  # q_T
+        elif ce_weights is not None:
+            share = slope + ce_weights
+        of_teacher = sparse_kl if isinstance(teacher, SparseTeacher) else dense_kl
+        per_token, soft = of_teacher(logits, probs, constant, teacher, slope, share, temperature)
         loss = loss + (kl_weights * per_token).sum()
         gradient = soft if gradient is None else gradient.add_(soft)
     if ce_weights is not None:
@@ -244,45 +243,57 @@ def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperatu
     return loss, gradient
 
 
+def softmax(logits):
+    """softmax of logits (C, V), and the constant (C, 1) by which its logarithm differs from them.
+
+    log(softmax) = logits + constant everywhere, so also where both are largest.
+    """
+    probs = logits.softmax(-1)
+    return probs, probs.amax(-1, keepdim=True).log() - logits.amax(-1, keepdim=True)
+
+
 @cache
 def compiled_loss_and_gradient():
     return torch.compile(loss_and_gradient)
 
 
-def dense_kl(log_probs, teacher_logits, slope, share):
-    """KL(p || q) of every token (C,), and share * q - slope * p (C, V), which replaces log q."""
-    log_probs.clamp_(min=-HUGE)  # of a token that is ruled out, -inf: 0 log 0 must become 0
-    teacher_log_probs = teacher_logits.log_softmax(-1)
-    teacher_probs = teacher_log_probs.exp()
-    difference = teacher_log_probs.sub_(log_probs).clamp_(min=-HUGE)
-    per_token = difference.mul_(teacher_probs).sum(-1)
+def dense_kl(logits, probs, constant, teacher, slope, share, temperature):
+    """KL(p || q) of every token (C,), and share * q - slope * p (C, V), which replaces q.
+
+    sum of p * (log p - log q) = sum of p * (logits of p - logits of q), and the difference of their
+    constants, as p sums to 1. teacher: its logits (C, V), not divided by the temperature yet.
+    """
+    teacher = teacher if temperature == 1.0 else teacher / temperature
+    teacher_probs, teacher_constant = softmax(teacher)
+    # A token that is ruled out has a logit of -inf: 0 log 0 must become 0.
+    difference = (teacher - logits).nan_to_num_(0.0, HUGE, -HUGE)
+    per_token = difference.mul_(teacher_probs).sum(-1) + (teacher_constant - constant)[:, 0]
     per_token = torch.where(per_token > HUGE**0.5, torch.inf, per_token)  # p > 0 where q = 0
-    probs = log_probs.exp_().mul_(share[:, None])
-    return per_token, probs.addcmul_(teacher_probs, slope[:, None], value=-1.0)
+    gradient = probs.mul_(share[:, None])
+    return per_token, gradient.addcmul_(teacher_probs, slope[:, None], value=-1.0)
 
 
-def sparse_kl(log_probs, teacher: SparseTeacher, slope, share):
-    """Like `dense_kl`, from k probabilities: KL of a sample, or of k tokens and a tail.
+def sparse_kl(logits, probs, constant, teacher: SparseTeacher, slope, share, temperature):
+    """Like `dense_kl`, from k probabilities, at T already: KL of a sample, or of k tokens and a tail.
 
     With a tail, KL = sum_k p_k log(p_k / q_k) + p_tail log(p_tail / q_tail) with
     q_tail = 1 - sum_k q_k. Its gradient at a token outside the k is q * (1 - p_tail / q_tail): the
     tail pushes all its tokens by one factor.
     """
-    ids, probs = teacher.ids.long(), teacher.probs.to(log_probs.dtype)
-    chosen = log_probs.gather(-1, ids)
-    per_token = -torch.where(probs > 0, probs * chosen, 0.0).sum(-1)  # 0 log 0 = 0
-    student_probs = chosen.exp()
-    gradient = log_probs.exp_()
+    ids, kept = teacher.ids.long(), teacher.probs.to(probs.dtype)
+    chosen = logits.gather(-1, ids) + constant  # log q_k
+    per_token = -torch.where(kept > 0, kept * chosen, 0.0).sum(-1)  # 0 log 0 = 0
     if teacher.tail is None:
         per_token = per_token - teacher.entropy
-        gradient.mul_(share[:, None])
-        return per_token, gradient.scatter_add_(-1, ids, -slope[:, None] * probs)
+        gradient = probs.mul_(share[:, None])
+        return per_token, gradient.scatter_add_(-1, ids, -slope[:, None] * kept)
+    student_kept = probs.gather(-1, ids)
     tail = teacher.tail.to(probs.dtype)
-    student_tail = (1 - student_probs.sum(-1)).clamp(min=1e-6)
-    per_token = per_token + torch.xlogy(probs, probs).sum(-1)
+    student_tail = (1 - student_kept.sum(-1)).clamp(min=1e-6)
+    per_token = per_token + torch.xlogy(kept, kept).sum(-1)
     per_token = per_token + torch.xlogy(tail, tail) - torch.xlogy(tail, student_tail)
     ratio = tail / student_tail
-    gradient.mul_((share - slope * ratio)[:, None])
+    gradient = probs.mul_((share - slope * ratio)[:, None])
     return per_token, gradient.scatter_add_(
-        -1, ids, slope[:, None] * (ratio[:, None] * student_probs - probs)
+        -1, ids, slope[:, None] * (ratio[:, None] * student_kept - kept)
     )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dataset.cache_teacher import top_k
 from distill import HiddenTeacher, SparseTeacher, fused_mixed_loss, mixed_loss
 from distill.fused import CHUNK
-from run.setup import peak_memory_mb, reset_peak_memory
+from run.setup import give_back_memory, peak_memory_mb, reset_peak_memory
 from run.speed import compiler_for
 
 B, S, V, D, E = 3, 7, 50, 12, 20
@@ -247,11 +247,12 @@ def test_the_logits_never_exist():
         lambda: fused_mixed_loss(hidden, head, teacher, labels),
         lambda: mixed_loss(hidden @ head.T, logits_of(teacher), labels),
     ):
+        give_back_memory()  # what an earlier test freed would be used again, and not be seen
         reset_peak_memory()
         before = peak_memory_mb(cpu)
         loss().backward()
         extra.append(peak_memory_mb(cpu) - before)
-    assert extra[0] < 100 < 5 * extra[0] < extra[1]
+    assert extra[0] < 100 and extra[1] > 500
 
 
 def test_bad_arguments():
