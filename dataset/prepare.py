@@ -37,7 +37,7 @@ from .sources import (
 )
 from .tokenizer import (
     SMALLEST_VOCABULARY,
-    encode,
+    encode_all,
     load_tokenizer,
     save_tokenizer,
     special_id,
@@ -169,7 +169,7 @@ def main(args) -> None:
     end = special_id(tokenizer, "<|endoftext|>")
     about = {"vocab_size": tokenizer.get_vocab_size(), "tokenizer_sha256": tokenizer_hash(args.out)}
     for split, texts in (("train", training), ("val", validation)):
-        ids = [encode(tokenizer, text) for text in texts]
+        ids = encode_all(tokenizer, texts)
         about[split] = write_stream(args.out / f"{split}.bin", ids, about["vocab_size"], end)
         about[split]["bytes"] = sum(len(text.encode("utf-8")) for text in texts)
         about[split]["documents"] = len(texts)

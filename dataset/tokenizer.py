@@ -107,7 +107,14 @@ def tokenizer_hash(folder) -> str:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of `text`, in which nothing is a control token."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of every text, like `encode`, on all cores. The library's fast way leaves out where in
+    the text each token stands, which took a third of the time."""
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def encode_tagged(tokenizer: Tokenizer, text: str) -> list[int]:
