@@ -274,7 +274,7 @@ def dense_kl(logits, probs, constant, teacher, slope, share, temperature):
 
 
 def sparse_kl(logits, probs, constant, teacher: SparseTeacher, slope, share, temperature):
-    """Like `dense_kl`, from k probabilities, at T already: KL of a sample, or of k tokens and a tail.
+    """Like `dense_kl`, from k probabilities at `temperature`: of a sample, or k tokens and a tail.
 
     With a tail, KL = sum_k p_k log(p_k / q_k) + p_tail log(p_tail / q_tail) with
     q_tail = 1 - sum_k q_k. Its gradient at a token outside the k is q * (1 - p_tail / q_tail): the
