@@ -49,7 +49,7 @@ from run import (
 )
 from run.flags import add_common_flags, new_parser
 
-EVAL, FINAL_EVAL = 128, 1000  # held-out conversations, during training and at the end
+EVAL = 128  # held-out conversations of the evaluations during training
 
 
 def compute_loss(
@@ -107,7 +107,13 @@ def parse_args(argv=None):
         "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
     )
     add_common_flags(
-        parser, out="out/reasoner", steps=1000, batch_size=32, seq_len=384, learning_rate=0.006
+        parser,
+        out="out/reasoner",
+        steps=1000,
+        batch_size=32,
+        seq_len=384,
+        learning_rate=0.006,
+        final_eval=1000,
     )
     return parser.parse_args(argv)
 
@@ -211,7 +217,7 @@ def main(args) -> dict:
             batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, and save.
-    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
+    batches = held_out.evaluation_batches(args.batch_size, args.final_eval)
     metrics = evaluate(student, batches, teacher=teacher)
     return run.finish(student.config.to_json(), metrics)
 

@@ -42,7 +42,7 @@ from run import (
 )
 from run.flags import add_common_flags, new_parser
 
-EVAL, FINAL_EVAL = 100, 400  # held-out windows or conversations, during training and at the end
+EVAL = 100  # held-out windows or conversations of the evaluations during training
 
 
 def compute_loss(
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
     )
-    add_common_flags(parser, out="out/student")
+    add_common_flags(parser, out="out/student", final_eval=400)
     return parser.parse_args(argv)
 
 
@@ -207,7 +207,7 @@ def main(args) -> dict:
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, beside the teacher, and save.
     bytes_per_token = held_out.bytes_per_token if packed else None
-    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
+    batches = held_out.evaluation_batches(args.batch_size, args.final_eval)
     metrics = evaluate(student, batches, bytes_per_token, teacher)
     return run.finish(student.config.to_json(), metrics)
 

@@ -33,7 +33,7 @@ from run import (
 )
 from run.flags import add_common_flags, new_parser
 
-EVAL, FINAL_EVAL = 100, 400  # held-out windows of the evaluations during training and at the end
+EVAL = 100  # held-out windows of the evaluations during training
 
 
 def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--data_share", type=float, default=1.0, help="first part of the text to use, above 0 to 1"
     )
-    add_common_flags(parser, out="out/teacher")
+    add_common_flags(parser, out="out/teacher", final_eval=400)
     return parser.parse_args(argv)
 
 
@@ -91,7 +91,7 @@ def main(args) -> dict:
             batches = held_out.evaluation_batches(args.batch_size, EVAL)
             run.evaluated(evaluate(student, batches)["val_loss"])
     # 7. Evaluate on more of what is held out, and save.
-    batches = held_out.evaluation_batches(args.batch_size, FINAL_EVAL)
+    batches = held_out.evaluation_batches(args.batch_size, args.final_eval)
     metrics = evaluate(student, batches, held_out.bytes_per_token)
     return run.finish(student.config.to_json(), metrics)
 

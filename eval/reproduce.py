@@ -45,8 +45,9 @@ def main(args) -> None:
     scale = SCALES[args.preset]
     results = args.results or Path(root(scale)) / "results"
     prepare_data(scale)
-    # One pool for all runs; those that others wait for, and the longest, come first.
-    order = (headline, reasoning, teacher_size, temperature, alpha, data_share, optimizer)
+    # One pool for all runs. First those that others wait for, and the longest; last those whose row
+    # is theirs already: a plain student's is measured beside the teacher, after its run.
+    order = (headline, reasoning, data_share, optimizer, teacher_size, temperature, alpha)
     run_experiments([module.experiment(scale) for module in order], results)
     curves.run(scale, results)
     soft_labels.run(scale, results)

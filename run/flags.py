@@ -69,6 +69,9 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
     )
     group.add_argument("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
     group.add_argument(
+        "--final_eval", type=int, help="held-out windows or conversations of the last one, 1+"
+    )
+    group.add_argument(
         "--patience",
         type=int,
         default=0,
@@ -89,6 +92,7 @@ RANGES = {
     "weight_decay": (0.0, 100.0),
     "grad_clip": (0.0, 1e9),
     "eval_every": (1, 10**9),
+    "final_eval": (1, 10**9),
     "patience": (0, 10**9),
     "alpha": (0.0, 1.0),
     "temperature": (1e-3, 1e3),

@@ -176,6 +176,7 @@ def test_the_gradient_is_clipped_as_a_whole(clip, expected):
         ("grad_clip", -1.0),
         ("grad_clip", math.nan),
         ("eval_every", 0),
+        ("final_eval", 0),
         ("patience", -1),
     ],
 )
@@ -258,9 +259,9 @@ def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
 
 
-@pytest.mark.parametrize("said, kept", [(None, "128"), ("7", "7")])
+@pytest.mark.parametrize("said, kept", [(None, "512"), ("7", "7")])
 def test_few_compiled_kernels_are_kept(monkeypatch, said, kept):
-    """128 in every training run, unless the user says how many."""
+    """512 in every training run, unless the user says how many."""
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, said or "")  # so that the end of the test undoes what setup sets
     if said is None:

@@ -234,6 +234,22 @@ def test_bfloat16_is_close_to_float32(name, prepared_folder, teacher, tmp_path):
     assert coarse != exact
 
 
+@pytest.mark.parametrize("name", ("pretrain", "distill", "reason"))
+def test_the_last_evaluation_is_of_as_many_as_asked(
+    name, prepared_folder, teacher, tmp_path, monkeypatch
+):
+    script, *words = argv_of(name, prepared_folder, teacher)
+    seen = []
+
+    def evaluate(student, batches, *more, **options):
+        seen.append(sum(len(input_ids) for input_ids, _ in batches))
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    run(script, *words, "--final_eval", "2", "--out", tmp_path / "run")
+    assert seen[-1] == 2 < seen[0]
+
+
 def test_answers_only_learns_no_trace(prepared_folder, teacher, tmp_path):
     _, *flags = argv_of("reason", prepared_folder, teacher)
     run(train_distill_reason, *flags, "--out", tmp_path / "traces")

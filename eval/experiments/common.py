@@ -83,6 +83,7 @@ def text_flags(scale: Scale, seed: int, share: float, steps: int | None = None) 
         ("data_share", float(share * scale.text_share)),
         ("seed", seed),
         ("eval_every", scale.text_eval_every),
+        ("final_eval", scale.text_final_eval),
         *speed_flags(scale),
     )
 
@@ -166,7 +167,7 @@ def text_row(scale: Scale, job: Job, teacher: Job) -> dict:
         text = PackedText(data_folder(scale), "val", scale.seq_len)
         metrics = evaluate(
             load_model(job.out, device),
-            text.evaluation_batches(scale.text_batch, 400),
+            text.evaluation_batches(scale.text_batch, scale.text_final_eval),
             text.bytes_per_token,
             loaded_teacher(teacher.out, str(device)),
         )

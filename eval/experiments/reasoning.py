@@ -33,6 +33,7 @@ def train_job(scale, name, seed, student, needs=(), data=None, **more) -> Job:
         ("batch_size", scale.reason_batch),
         ("seed", seed),
         ("eval_every", scale.reason_eval_every),
+        ("final_eval", scale.reason_final_eval),
         *speed_flags(scale),
         *more.items(),
     )

@@ -23,7 +23,9 @@ class Scale:
     reason_batch: int
     compiles: bool  # left to each run's own measurement; or not, where runs are short
     text_eval_every: int = 100  # steps between the points of a learning curve
+    text_final_eval: int = 400  # held-out windows at the end of a run
     reason_eval_every: int = 100
+    reason_final_eval: int = 1000  # held-out conversations
     vocab_size: int = 2048
     problems: int = 20000  # with gold traces; a twentieth is held out to evaluate on
     prompts: int = 10000  # problems for which the reasoning teacher writes traces
@@ -51,7 +53,9 @@ SCALES = {
         reason_batch=16,
         compiles=False,
         text_eval_every=37,
+        text_final_eval=200,  # beside a teacher, 400 took as long as 30 steps
         reason_eval_every=350,
+        reason_final_eval=300,
         problems=12000,  # no more than the steps reach: reading them takes seconds in every run
         prompts=3000,
         test_problems=500,
