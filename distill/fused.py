@@ -125,9 +125,14 @@ def fused_mixed_loss(
         ce_weights,
         kl_weights,
         temperature,
-        chunk or max(CHUNK, CHUNK_LOGITS // len(student_head)),
+        chunk or chunk_of(len(student_head)),
         compiled_loss_and_gradient() if compiled else loss_and_gradient,
     )
+
+
+def chunk_of(vocab_size: int) -> int:
+    """Tokens that have logits at once."""
+    return max(CHUNK, CHUNK_LOGITS // vocab_size)
 
 
 def positive(total: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from . import parallel
 
 # Sizes are rounded up to multiples: for every new shape a matrix product may compile a kernel (in
 # bfloat16 on a CPU it does, and that took as long as the products themselves).
-COLUMNS, PLACES = 32, 128
+COLUMNS, PLACES = 32, 256
 
 
 def microbatches(tensors: tuple[Tensor, ...], weights: Tensor, parts: int) -> Iterator[tuple]:

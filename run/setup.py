@@ -110,13 +110,13 @@ def keep_freed_memory() -> None:
 
 
 def bound_kernel_cache() -> None:
-    """Ask oneDNN to keep 512 compiled kernels, not 1,024; before it multiplies for the first time.
+    """Ask oneDNN to keep 384 compiled kernels, not 1,024; before it multiplies for the first time.
 
     In bfloat16 a CPU compiles one for every new shape of a product and keeps it: up to half a MB
     each, where conversations differ in length. With too few it compiles all the time: where 128
     are kept, a step takes a tenth longer.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "384")
 
 
 def give_back_memory() -> None:

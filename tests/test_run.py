@@ -259,9 +259,9 @@ def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
 
 
-@pytest.mark.parametrize("said, kept", [(None, "512"), ("7", "7")])
+@pytest.mark.parametrize("said, kept", [(None, "384"), ("7", "7")])
 def test_few_compiled_kernels_are_kept(monkeypatch, said, kept):
-    """512 in every training run, unless the user says how many."""
+    """384 in every training run, unless the user says how many."""
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, said or "")  # so that the end of the test undoes what setup sets
     if said is None:
