@@ -1,6 +1,6 @@
 """The whole story in one command: data, teachers, students, distillation, reasoning, pictures.
 
-    python -m eval.reproduce                        # quick: under 10 minutes on two cores
+    python -m eval.reproduce                        # quick: about 6 minutes on two cores
     python -m eval.reproduce --preset standard      # 3 seeds: the pictures of the README
     python -m eval.reproduce --preset full          # sizes for one laptop GPU
 
