@@ -123,11 +123,14 @@ def draw_curves(results: Path, figure) -> None:
         means = points(axis, np.array(steps) / 1e6, groups, **style)
         last[arm] = (steps, means)
     steps, plain = last["plain"]
-    reached = [s for s, m in zip(*last["distilled"], strict=True) if m <= plain[-1]]
-    title = f"At the end distillation is {plain[-1] - last['distilled'][1][-1]:.2f} nats ahead"
-    if reached:
-        share = reached[0] / steps[-1]
-        title += f";\nit passes the plain student's last loss after {share:.0%} of the tokens"
+    of_student, means = last["distilled"]
+    gap = plain[-1] - means[-1]
+    title = f"At the end distillation is {abs(gap):.2f} nats {'ahead' if gap >= 0 else 'behind'}"
+    below = [i for i, mean in enumerate(means) if mean <= plain[-1]]
+    if below:  # where the line that is drawn comes down to the plain student's last loss
+        two = slice(max(0, below[0] - 1), below[0] + 1)
+        share = np.interp(-plain[-1], -np.array(means[two]), of_student[two]) / steps[-1]
+        title += f";\nit passes the plain student's last loss after about {share:.0%} of the tokens"
     axis.legend(loc="best", framealpha=0.9, edgecolor="none", title=seeds_of(rows))
     finish(axis, title, "tokens read (millions)", LOSS_LABEL)
 

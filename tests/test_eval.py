@@ -339,6 +339,30 @@ def test_mistakes_are_one_sentence(words, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "distilled, gap, share",
+    [
+        ((4.4, 4.0, 3.6), "0.40 nats ahead", "67%"),
+        ((4.6, 4.2, 3.8), "0.20 nats ahead", "83%"),
+        ((3.9, 3.8, 3.7), "0.30 nats ahead", "33%"),
+        ((4.8, 4.5, 4.2), "0.20 nats behind", None),
+    ],
+)
+def test_the_curves_say_when_the_plain_student_is_passed(tmp_path, distilled, gap, share):
+    """Where the drawn line crosses, not at the next point: with three points that is far away."""
+    arms = {"teacher": (4.3, 3.9, 3.5), "plain": (5.0, 4.5, 4.0), "distilled": distilled}
+    for arm, losses in arms.items():
+        for tokens, loss in zip((100, 200, 300), losses, strict=True):
+            row = {"experiment": "curves", "arm": arm, "seed": 0, "tokens": tokens}
+            common.append_row(tmp_path / "curves" / "results.csv", {**row, "val_loss": loss})
+    figure = plots.plt.figure()
+    plots.draw_curves(tmp_path, figure)
+    title = figure.axes[0].get_title(loc="left")
+    plots.plt.close(figure)
+    passes = f";\nit passes the plain student's last loss after about {share} of the tokens"
+    assert title == f"At the end distillation is {gap}{passes if share else ''}"
+
+
 def test_csv_rows_keep_their_columns(tmp_path):
     path = tmp_path / "x" / "results.csv"
     common.append_row(path, {"experiment": "e", "arm": "a", "seed": 0, "extra": 0.1234567891})
