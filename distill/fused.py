@@ -233,14 +233,15 @@ def loss_and_gradient(logits, teacher, labels, ce_weights, kl_weights, temperatu
         gradient = probs.mul_(ce_weights[:, None])
     else:
         slope = share = kl_weights / temperature
+        sparse = isinstance(teacher, SparseTeacher)  # at T already
         if temperature != 1.0:
             gradient = None if ce_weights is None else probs.mul_(ce_weights[:, None])
-            logits = logits / temperature
+            logits, teacher = logits / temperature, teacher if sparse else teacher / temperature
             probs, constant = softmax(logits)  # q_T
         elif ce_weights is not None:
             share = slope + ce_weights
-        of_teacher = sparse_kl if isinstance(teacher, SparseTeacher) else dense_kl
-        per_token, soft = of_teacher(logits, probs, constant, teacher, slope, share, temperature)
+        divergence = sparse_kl if sparse else dense_kl
+        per_token, soft = divergence(logits, probs, constant, teacher, slope, share)
         loss = loss + (kl_weights * per_token).sum()
         gradient = soft if gradient is None else gradient.add_(soft)
     if ce_weights is not None:
@@ -262,13 +263,12 @@ def compiled_loss_and_gradient():
     return torch.compile(loss_and_gradient)
 
 
-def dense_kl(logits, probs, constant, teacher, slope, share, temperature):
+def dense_kl(logits, probs, constant, teacher, slope, share):
     """KL(p || q) of every token (C,), and share * q - slope * p (C, V), which replaces q.
 
     sum of p * (log p - log q) = sum of p * (logits of p - logits of q), and the difference of their
-    constants, as p sums to 1. teacher: its logits (C, V), not divided by the temperature yet.
+    constants, as p sums to 1. teacher: its logits (C, V).
     """
-    teacher = teacher if temperature == 1.0 else teacher / temperature
     teacher_probs, teacher_constant = softmax(teacher)
     # A token that is ruled out has a logit of -inf: 0 log 0 must become 0.
     difference = (teacher - logits).nan_to_num_(0.0, HUGE, -HUGE)
@@ -278,8 +278,8 @@ def dense_kl(logits, probs, constant, teacher, slope, share, temperature):
     return per_token, gradient.addcmul_(teacher_probs, slope[:, None], value=-1.0)
 
 
-def sparse_kl(logits, probs, constant, teacher: SparseTeacher, slope, share, temperature):
-    """Like `dense_kl`, from k probabilities at `temperature`: of a sample, or k tokens and a tail.
+def sparse_kl(logits, probs, constant, teacher: SparseTeacher, slope, share):
+    """Like `dense_kl`, from k probabilities: KL of a sample, or of k tokens and a tail.
 
     With a tail, KL = sum_k p_k log(p_k / q_k) + p_tail log(p_tail / q_tail) with
     q_tail = 1 - sum_k q_k. Its gradient at a token outside the k is q * (1 - p_tail / q_tail): the

@@ -167,7 +167,7 @@ def text_row(scale: Scale, job: Job, teacher: Job) -> dict:
         text = PackedText(data_folder(scale), "val", scale.seq_len)
         metrics = evaluate(
             load_model(job.out, device),
-            text.evaluation_batches(scale.text_batch, scale.text_final_eval),
+            text.evaluation_batches(scale.text_batch, args["final_eval"]),
             text.bytes_per_token,
             loaded_teacher(teacher.out, str(device)),
         )
