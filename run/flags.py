@@ -69,7 +69,7 @@ def add_common_flags(parser: argparse.ArgumentParser, *, out: str, **defaults) -
     )
     group.add_argument("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
     group.add_argument(
-        "--final_eval", type=int, help="held-out windows or conversations of the last one, 1+"
+        "--final_eval", type=int, help="held-out windows or conversations of the last evaluation"
     )
     group.add_argument(
         "--patience",
