@@ -16,71 +16,41 @@ It writes to --out:
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
-from run.files import atomic_path, command_line, copy_tokenizer, hold, release, write_json
-from run.flags import new_parser
+import files
+from files import check_ranges, command_line, new_parser, write_json
 
 from .chat import check_conversation, gsm8k_conversation, held_out
 from .packing import write_stream
 from .problems import ANSWER, Problem, make_problems
-from .sources import (
-    jsonl_texts,
-    read_jsonl,
-    shakespeare,
-    split_documents,
-    tell_bad_lines,
-    text_files,
-    tolerate,
-)
-from .tokenizer import (
-    SMALLEST_VOCABULARY,
-    encode_all,
-    load_tokenizer,
-    save_tokenizer,
-    special_id,
-    tokenizer_hash,
-    train_tokenizer,
-)
+from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
+from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", type=Path, help="a .txt/.md file or a folder of them")
-    source.add_argument("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')
-    parser.add_argument(
-        "--reason", type=Path, help="your own traces: r1-style conversations, or GSM8K lines"
-    )
-    parser.add_argument(
-        "--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/data"), help="folder to write")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("out/cache"), help="where downloaded text is kept"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one"
-    )
-    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens, 263 or more")
-    parser.add_argument("--val_share", type=float, default=0.08, help="share held out, 0.01-0.5")
-    parser.add_argument("--problems", type=int, default=20000, help="training problems, 1 or more")
-    parser.add_argument("--prompts", type=int, default=10000, help="problems without traces")
-    parser.add_argument("--test_problems", type=int, default=1000, help="held-out problems")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated problems")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--text", type=Path, help="a .txt/.md file or a folder of them")
+    add("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')
+    add = parser.add_argument
+    add("--reason", type=Path, help="your own traces: r1-style conversations, or GSM8K lines")
+    add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
+    add("--out", type=Path, default=Path("out/data"), help="folder to write")
+    add("--cache", type=Path, default=Path("out/cache"), help="folder for downloaded text")
+    add("--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one")
+    add("--vocab_size", type=int, default=2048, help="tokens, 263 or more")
+    add("--val_share", type=float, default=0.08, help="share held out, 0.01-0.5")
+    add("--problems", type=int, default=20000, help="training problems, 1 or more")
+    add("--prompts", type=int, default=10000, help="problems without traces")
+    add("--test_problems", type=int, default=1000, help="held-out problems")
+    add("--seed", type=int, default=0, help="of the generated problems")
     return parser.parse_args(argv)
 
 
-def write_jsonl(path: Path, lines: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
 def problem_line(problem: Problem, with_trace: bool) -> dict:
-    """A problem in the jsonl schema, with its answer and number of steps beside."""
+    """A problem in the jsonl schema, with its answer and number of steps."""
     turns = [{"role": "user", "content": problem.question}]
     if with_trace:
         turns.append({"role": "assistant", "content": problem.response()})
@@ -89,41 +59,31 @@ def problem_line(problem: Problem, with_trace: bool) -> dict:
 
 def user_reasoning(path: Path, skip_bad: bool) -> tuple[list[dict], list[dict]]:
     """The user's traces as training and test lines; a tenth is held out by the question's hash."""
-    train, test, bad = [], [], [] if skip_bad else None
-    for number, value in read_jsonl(path, bad):
-        with tolerate(bad):
-            where = f"{path} line {number}"
-            if "conversations" not in value:
-                value = gsm8k_conversation(value, where)
-            turns = check_conversation(value, where)
-            if turns[-1]["role"] != "assistant":
-                raise ValueError(
-                    f"{where} ends with the {turns[-1]['role']}'s turn: end with an answer"
-                )
-            found = ANSWER.search(turns[-1]["content"])
-            if "answer" not in value and found:
-                value["answer"] = int(found.group(1))
-            (test if held_out(turns, 0.1, salt="test ") else train).append(value)
-    tell_bad_lines(path, bad)
+
+    def parse(value: dict, where: str) -> dict:
+        if "conversations" not in value:
+            value = gsm8k_conversation(value, where)
+        last = check_conversation(value, where)[-1]
+        if last["role"] != "assistant":
+            raise ValueError(f"{where} ends with the {last['role']}'s turn: end with an answer")
+        if found := ANSWER.search(last["content"]):
+            value.setdefault("answer", int(found[1]))
+        return value
+
+    train, test = [], []
+    for value in read_jsonl(path, parse, skip_bad):
+        (test if held_out(value["conversations"], 0.1, salt="test ") else train).append(value)
     if not train or not test:
-        raise ValueError(
-            f"{path}: {len(train)} conversations for training and {len(test)} for the test "
-            "(a tenth, by hash): add more"
-        )
+        counts = f"{len(train)} conversations for training and {len(test)} for the test"
+        raise ValueError(f"{path}: {counts} (a tenth, by hash): add more")
     return train, test
-
-
-def before_answer(turns: list[dict]) -> list[dict]:
-    """The turns before the last assistant's."""
-    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:last]
 
 
 def reasoning_lines(args) -> dict[str, list[dict]]:
     """What reason_train, reason_prompts and reason_test.jsonl hold."""
     if args.reason is not None:
         train, test = user_reasoning(args.reason, args.skip_bad)
-        prompts = [{**v, "conversations": before_answer(v["conversations"])} for v in train]
+        prompts = [{**v, "conversations": v["conversations"][:-1]} for v in train]
         return {"train": train, "prompts": prompts, "test": test}
     counts = {"train": args.problems, "prompts": args.prompts, "test": args.test_problems}
     lines = {}
@@ -135,13 +95,7 @@ def reasoning_lines(args) -> dict[str, list[dict]]:
 
 
 def main(args) -> None:
-    if not 0.01 <= args.val_share <= 0.5:
-        raise ValueError(f"--val_share {args.val_share} must be between 0.01 and 0.5")
-    for name in ("problems", "prompts", "test_problems"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"--vocab_size {args.vocab_size} must be at least {SMALLEST_VOCABULARY}")
+    check_ranges(args)
     # 1. Text, and which documents are held out.
     if args.text is not None:
         documents = text_files(args.text)
@@ -153,38 +107,36 @@ def main(args) -> None:
     # 2. Reasoning problems. From here on files change: without meta.json the folder is not whole.
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
-    hold(args.out, wait=True)  # a second call makes the same files after the first
+    files.lock(args.out, wait=True)  # a second call makes the same files after the first
     (args.out / "meta.json").unlink(missing_ok=True)
     for split, lines in reasoning.items():
-        write_jsonl(args.out / f"reason_{split}.jsonl", lines)
+        with files.atomic_path(args.out / f"reason_{split}.jsonl") as temporary:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            temporary.write_text(text, "utf-8")
     # 3. One tokenizer for both. Held-out text is not read.
     if tokenizer is not None:
-        copy_tokenizer(args.tokenizer, args.out)
+        files.copy_tokenizer(args.tokenizer, args.out)
     else:
         lines = reasoning["train"][:5000]
         traces = [turn["content"] for value in lines for turn in value["conversations"]]
         tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
         save_tokenizer(tokenizer, args.out)
     # 4. Token streams.
-    end = special_id(tokenizer, "<|endoftext|>")
-    about = {"vocab_size": tokenizer.get_vocab_size(), "tokenizer_sha256": tokenizer_hash(args.out)}
+    end, size = special_id(tokenizer, "<|endoftext|>"), tokenizer.get_vocab_size()
+    about = {"vocab_size": size, "tokenizer_sha256": files.tokenizer_hash(args.out)}
     for split, texts in (("train", training), ("val", validation)):
-        ids = encode_all(tokenizer, texts)
-        about[split] = write_stream(args.out / f"{split}.bin", ids, about["vocab_size"], end)
-        about[split]["bytes"] = sum(len(text.encode("utf-8")) for text in texts)
-        about[split]["documents"] = len(texts)
-        content = (args.out / f"{split}.bin").read_bytes()
-        about[split]["sha256"] = hashlib.sha256(content).hexdigest()
-        print(
-            f"{split}: {about[split]['documents']} documents, {about[split]['tokens']:,} tokens, "
-            f"{about[split]['bytes'] / about[split]['tokens']:.2f} bytes a token"
-        )
-    if about["vocab_size"] < args.vocab_size and args.tokenizer is None:
-        print(f"the text fills a vocabulary of {about['vocab_size']}, not {args.vocab_size}")
+        path, count = args.out / f"{split}.bin", sum(len(text.encode("utf-8")) for text in texts)
+        about[split] = write_stream(path, encode_all(tokenizer, texts), size, end)
+        about[split] |= {"bytes": count, "documents": len(texts), "sha256": files.file_hash(path)}
+        tokens = about[split]["tokens"]
+        each = f"{count / tokens:.2f} bytes per token"
+        print(f"{split}: {len(texts)} documents, {tokens:,} tokens, {each}")
+    if size < args.vocab_size and args.tokenizer is None:
+        print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
     counts = ", ".join(f"{len(lines):,} {split}" for split, lines in reasoning.items())
     print(f"reasoning problems: {counts}\nwrote {args.out}")
     write_json(args.out / "meta.json", about)
-    release(args.out)
+    files.unlock(args.out)
 
 
 if __name__ == "__main__":

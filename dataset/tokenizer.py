@@ -1,32 +1,22 @@
 """A byte-level BPE tokenizer with every digit a token of its own and seven control tokens.
 
-Byte-level: the alphabet is the 256 bytes, so every text round-trips and nothing is unknown.
-Single digits: 17 is always "1", "7", so arithmetic is learned digit by digit.
-
-Control tokens are control only where this code puts them. What a user types goes through
-`encode`, which reads "<think>" as seven ordinary characters; only an assistant's turn goes through
-`encode_tagged`, which knows the four reasoning tags.
+The alphabet is the 256 bytes, so every text round-trips and nothing is unknown; 17 is always "1",
+"7", so arithmetic is learned digit by digit. What a user types goes through `encode`, which reads
+"<think>" as seven ordinary characters; only an assistant's turn goes through `encode_tagged`, which
+knows the four reasoning tags.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from run.files import atomic_path, write_json
+from files import atomic_path, write_json
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",  # 0: padding and end of a document
-    "<|im_start|>",  # 1
-    "<|im_end|>",  # 2: end of a turn
-    "<think>",  # 3
-    "</think>",  # 4
-    "<answer>",  # 5
-    "</answer>",  # 6
-)
-TAGS = SPECIAL_TOKENS[3:]
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # ids 3 to 6
+# 0: padding and end of a document; 1: begin, 2: end of a turn
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TAG_PATTERN = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
 
@@ -39,23 +29,18 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a BPE vocabulary of vocab_size tokens (at least 7 control tokens + 256 bytes)."""
+    """Learn a BPE vocabulary of vocab_size tokens: 7 control tokens, 256 bytes, and merges."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocabulary {vocab_size} is too small: use {SMALLEST_VOCABULARY} or more")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -65,27 +50,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template) to `folder`."""
     with atomic_path(Path(folder) / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
-    write_json(
-        Path(folder) / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    write_json(Path(folder) / "tokenizer_config.json", config)
 
 
 def load_tokenizer(folder) -> Tokenizer:
     """The tokenizer of a data or checkpoint folder. Raises ValueError naming what is wrong."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
-            f"no tokenizer in '{folder}': {path} does not exist; "
-            "make one with: python -m dataset.prepare"
-        )
+        raise ValueError(f"no tokenizer in '{folder}': make one with: python -m dataset.prepare")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for malformed files
@@ -94,25 +71,14 @@ def load_tokenizer(folder) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_hash(folder) -> str:
-    """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"no tokenizer in '{folder}': {path} does not exist; copy the one that its model was "
-            "trained with there"
-        )
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of `text`, in which nothing is a control token."""
     return encode_all(tokenizer, [text])[0]
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of every text, like `encode`, on all cores. The library's fast way leaves out where in
-    the text each token stands, which took a third of the time."""
+    """Ids of every text, like `encode`, on all cores."""
+    # Fast: without where in the text each token stands, which took a third of the time.
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
@@ -121,20 +87,15 @@ def encode_tagged(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of an assistant's `text`: the four reasoning tags are control tokens, nothing else is."""
     ids = []
     for piece in TAG_PATTERN.split(text):
-        if piece in TAGS:
-            ids.append(special_id(tokenizer, piece))
-        elif piece:
-            ids.extend(encode(tokenizer, piece))
+        ids += [special_id(tokenizer, piece)] if piece in TAGS else encode(tokenizer, piece)
     return ids
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a control token. Raises ValueError where this tokenizer has none."""
-    index = tokenizer.token_to_id(token)
-    if index is None:
-        raise ValueError(
-            f"the tokenizer has no token '{token}': use one made by python -m dataset.prepare"
-        )
+    if (index := tokenizer.token_to_id(token)) is None:
+        cure = "use one made by python -m dataset.prepare"
+        raise ValueError(f"the tokenizer has no token '{token}': {cure}")
     return index
 
 

@@ -1,19 +1,22 @@
-"""Distillation by logits: the student learns the teacher's whole distribution, not one label.
+"""Distillation by logits, token by token: what evaluation, methods and tests share.
 
-    p_T = softmax(teacher_logits / T)      q_T = softmax(student_logits / T)
-    distillation_loss = T^2 * KL(p_T || q_T) = T^2 * sum_v p_T(v) * (log p_T(v) - log q_T(v))
-    mixed_loss        = alpha * CE + (1 - alpha) * distillation_loss
+    cross_entropy       of every token, -log softmax(z)[label]
+    kl_divergence       of every token, KL(p_T || q_T) = sum_v p_T(v) * (log p_T(v) - log q_T(v))
+    distillation_loss   T^2 * KL(p_T || q_T), the mean over valid tokens
 
-Hinton, Vinyals & Dean 2015, 1503.02531. T > 1 flattens both distributions, so that the small
-probabilities, where the teacher says which wrong tokens are nearly right, weigh more. T^2 undoes
-the 1/T^2 by which flattening shrinks the gradient, so alpha means the same at every T.
+p_T = softmax(teacher_logits / T), q_T = softmax(student_logits / T). T > 1 flattens both
+distributions, so that the small probabilities, where the teacher says which wrong tokens are nearly
+right, weigh more; T^2 undoes the 1/T^2 by which flattening shrinks the gradient (Hinton, Vinyals &
+Dean 2015, 1503.02531). train_distillation.py mixes it with cross-entropy:
+
+    loss = alpha * CE + (1 - alpha) * distillation_loss
 
 Convention: alpha sits on cross-entropy, as in MiniMind. torchtune, MiniLLM and DistiLLM put their
 ratio on the KL instead; TRL, torchtune and Liger leave T^2 out.
 
-Every loss is a mean over valid tokens, in float32 or better: softmax in bfloat16 is coarse enough
-to give negative divergences. (F.kl_div's reduction="batchmean" is not this mean: on (B, S, V) it
-divides by B alone.) Shapes: B batch, S sequence, V vocabulary.
+Everything is computed in float32 or better: softmax in bfloat16 is coarse enough to give negative
+divergences. (F.kl_div's reduction="batchmean" is not a mean over tokens on (B, S, V): it divides by
+B alone.) Shapes: B batch, S sequence, V vocabulary; ... stands for (B, S) or (N,).
 """
 
 import torch
@@ -31,40 +34,30 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature {temperature} must be a positive number")
 
 
-def check_alpha(alpha: float, labels, teacher) -> None:
-    """Raise ValueError where alpha is no share, or what its half of the loss needs is None."""
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha {alpha} must be between 0 (only the teacher) and 1 (only labels)")
-    if alpha > 0 and labels is None:
-        raise ValueError(f"alpha {alpha} needs labels; without them use alpha 0")
-    if alpha < 1 and teacher is None:
-        raise ValueError(f"alpha {alpha} needs the teacher's logits; without them use alpha 1")
-
-
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """sum(weights * values) / sum(weights) over (B, S); 0 with a gradient path if all weigh 0."""
+    """sum(weights * values) / sum(weights); 0 with a gradient path if all weigh 0."""
     if weights is None:
         return values.mean()
     weights = weights.to(values.dtype)
     total = weights.sum()
     # where, not *: a value that is not finite at a masked position must not reach the sum.
-    summed = torch.where(weights > 0, weights * values, values.new_zeros(())).sum()
-    return summed / torch.where(total > 0, total, torch.ones_like(total))
+    summed = torch.where(weights > 0, weights * values, 0.0).sum()
+    return summed / torch.where(total > 0, total, 1.0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of every token: logits (B, S, V), labels (B, S) -> (B, S).
+    """-log softmax(logits)[label] of every token: logits (..., V), labels (...) -> (...).
 
     Labels of -100 give 0; another label outside 0 .. V-1 is an error of gather.
     """
     log_probs = at_least_float32(logits).log_softmax(-1)
     ignored = labels == IGNORE
     chosen = log_probs.gather(-1, labels.masked_fill(ignored, 0)[..., None]).squeeze(-1)
-    return torch.where(ignored, chosen.new_zeros(()), -chosen)
+    return torch.where(ignored, 0.0, -chosen)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of every token at `temperature`, without T^2: (B, S, V) -> (B, S)."""
+    """KL(teacher || student) of every token at `temperature`, without T^2: (..., V) -> (...)."""
     check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -80,7 +73,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     teacher_probs = teacher_log_probs.exp()
     terms = teacher_probs * (teacher_log_probs - student_log_probs)
     # 0 log 0 = 0: a token that the teacher rules out (a logit of -inf) adds nothing.
-    return torch.where(teacher_probs > 0, terms, terms.new_zeros(())).sum(-1)
+    return torch.where(teacher_probs == 0, 0.0, terms).sum(-1)
 
 
 def distillation_loss(
@@ -97,31 +90,3 @@ def distillation_loss(
     """
     per_token = kl_divergence(student_logits, teacher_logits, temperature)
     return temperature**2 * weighted_mean(per_token, mask)
-
-
-def mixed_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 0.5,
-) -> Tensor:
-    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar.
-
-    At alpha = 1 teacher_logits may be None, at alpha = 0 labels may be: the half that does not
-    count is not computed. labels: (B, S), -100 is ignored. mask: (B, S), the valid tokens or
-    their weights for both halves; by default the tokens whose label is not -100.
-    """
-    check_alpha(alpha, labels, teacher_logits)
-    if mask is None and labels is not None:
-        mask = labels != IGNORE
-    loss = student_logits.new_zeros((), dtype=torch.float32)
-    if alpha > 0:
-        labelled = mask * (labels != IGNORE)
-        loss = loss + alpha * weighted_mean(cross_entropy(student_logits, labels), labelled)
-    if alpha < 1:
-        loss = loss + (1 - alpha) * distillation_loss(
-            student_logits, teacher_logits, mask, temperature
-        )
-    return loss

@@ -48,19 +48,16 @@ def reasoning_weights(
     tag_ids: ids of <think>, </think>, <answer>, </answer>. Raises ValueError for a negative or
     infinite weight.
     """
-    for name, weight in (
-        ("tag_weight", tag_weight),
-        ("think_weight", think_weight),
-        ("answer_weight", answer_weight),
-    ):
+    named = {"tag_weight": tag_weight, "think_weight": think_weight, "answer_weight": answer_weight}
+    for name, weight in named.items():
         if not 0 <= weight < float("inf"):
             raise ValueError(f"{name} {weight} must be a number of at least 0")
     think_open, think_close, answer_open, answer_close = tag_ids
-    place = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+    index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
 
     def last(where: Tensor) -> Tensor:
-        """For every position the place of the last true one up to it, or -1."""
-        return torch.where(where, place, -1).cummax(-1).values
+        """For every position the index of the last true one up to it, or -1."""
+        return torch.where(where, index, -1).cummax(-1).values
 
     turn_over = (labels == IGNORE) | (labels == end_of_turn)
     thinking_since = last(labels == think_open)

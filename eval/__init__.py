@@ -1,1 +1,1 @@
-"""What came out: metrics, chat, plots, experiments, reproduce."""
+"""What came out: perplexity, reasoning, chat, plots, experiments, reproduce."""

@@ -13,24 +13,19 @@ import torch
 
 from dataset.chat import encode_prompt
 from dataset.tokenizer import decode, encode, load_tokenizer, special_id
+from files import command_line, new_parser, printable
 from model import load_model, stream
-from run.files import command_line, printable
-from run.flags import new_parser
-from run.setup import choose_device
+from model.device import choose_device
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
-    parser.add_argument(
-        "--teacher", default=None, help="a second folder, to reply beside the first"
-    )
+    parser.add_argument("--teacher", default=None, help="a second folder, which replies too")
     parser.add_argument("--complete", action="store_true", help="continue your text, without turns")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; 0 to 10")
     parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0 is off")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="sample within this mass; 1 is off"
-    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample in this mass; 1 is off")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="of one reply, 1 or more")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -41,17 +36,11 @@ def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
     """Print the reply while it is made; return it whole."""
     stops = tuple(special_id(tokenizer, name) for name in ("<|im_end|>", "<|endoftext|>"))
     room = model.config.max_position_embeddings - args.max_new_tokens
+    prompt = prompt[-room:]  # the oldest words are forgotten first
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    sampling |= {"stop_ids": stops, "generator": generator}
     ids, shown = [], ""
-    for token in stream(
-        model,
-        prompt[-room:],  # the oldest words are forgotten first
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        stop_ids=stops,
-        generator=generator,
-    ):
+    for token in stream(model, prompt, args.max_new_tokens, **sampling):
         ids.append(token)
         text = decode(tokenizer, ids)
         if not text.endswith("\ufffd"):  # a character of several bytes may not be whole yet

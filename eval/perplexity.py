@@ -3,20 +3,18 @@
     python -m eval.perplexity --model out/student
     python -m eval.perplexity --model out/student --teacher out/teacher
 
-Prints the loss in nats a token, perplexity, bits per byte and expected calibration error; with
+Prints the loss in nats per token, perplexity, bits per byte and expected calibration error; with
 --teacher also the mean KL(teacher || student) at T = 1 and the share of tokens on which both rank
-the same token first. eval/metrics.py defines them.
+the same token first. run/evaluation.py defines them.
 """
 
 import argparse
 
 from dataset.packing import PackedText
-from dataset.tokenizer import tokenizer_hash
-from eval.metrics import evaluate
-from model import load_model
-from run.files import command_line
-from run.flags import new_parser
-from run.setup import choose_device, keep_freed_memory
+from files import command_line, new_parser
+from model import load_for
+from model.device import choose_device, keep_freed_memory
+from run import evaluate
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,15 +33,8 @@ def main(args) -> dict:
     if args.seq_len < 2:
         raise ValueError(f"--seq_len {args.seq_len} must be at least 2")
     text = PackedText(args.data, "val", args.seq_len)
-    models = []
-    for folder in filter(None, (args.model, args.teacher)):
-        models.append(load_model(folder, device))
-        if tokenizer_hash(folder) != text.meta["tokenizer_sha256"]:
-            raise ValueError(
-                f"the tokenizer of {folder} is not the one of {args.data}: evaluate it on data "
-                f"prepared with: python -m dataset.prepare --tokenizer {folder}"
-            )
-    batches = text.evaluation_batches(32, text.size)
+    models = [load_for(name, text, device) for name in (args.model, args.teacher) if name]
+    batches = text.evaluation(32, text.size)
     metrics = evaluate(models[0], batches, text.bytes_per_token, *models[1:])
     print(f"{args.model} on {text.size * args.seq_len:,} held-out tokens of {args.data}")
     for name, value in metrics.items():

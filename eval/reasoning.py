@@ -20,10 +20,9 @@ from pathlib import Path
 from dataset.problems import check_response
 from dataset.replies import read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer, special_id
+from files import atomic_path, command_line, new_parser
 from model import load_model
-from run.files import atomic_path, command_line
-from run.flags import new_parser
-from run.setup import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory
 
 
 def think_tokens(tokenizer, ids: list[int]) -> int:
@@ -40,15 +39,12 @@ def judge(tokenizer, problem: dict, ids: list[int]) -> dict:
     question, reply = problem["turns"][-1]["content"], decode(tokenizer, ids)
     check = check_response(question, reply)
     return {
-        "question": question,
-        "reply": reply,
-        "answer": problem["answer"],
+        "question": question, "reply": reply, "answer": problem["answer"],
         "steps": problem["steps"],
         "correct": check.answer is not None and check.answer == problem["answer"],
-        "well_formed": check.well_formed,
-        "verified": check.verified,
+        "well_formed": check.well_formed, "verified": check.verified,
         "think_tokens": think_tokens(tokenizer, ids),
-    }
+    }  # fmt: skip
 
 
 def summarise(judged: list[dict]) -> dict[int, dict]:
@@ -56,26 +52,21 @@ def summarise(judged: list[dict]) -> dict[int, dict]:
     table = {}
     for steps in [0, *sorted({line["steps"] for line in judged} - {0})]:
         lines = [line for line in judged if steps in (0, line["steps"])]
-        table[steps] = {
-            "problems": len(lines),
-            "accuracy": sum(line["correct"] for line in lines) / len(lines),
-            "well_formed": sum(line["well_formed"] for line in lines) / len(lines),
-            "verified": sum(line["verified"] for line in lines) / len(lines),
-            "think_tokens": sum(line["think_tokens"] for line in lines) / len(lines),
-        }
+        names = ("correct", "well_formed", "verified", "think_tokens")
+        means = {name: sum(line[name] for line in lines) / len(lines) for name in names}
+        table[steps] = {"problems": len(lines), "accuracy": means.pop("correct"), **means}
     return table
 
 
-def evaluate_reasoning(folder, problems_path, answers_path=None, device="cpu") -> dict[int, dict]:
+def evaluate_reasoning(folder, problems_path, answers_path, device) -> dict[int, dict]:
     """Answer all problems greedily; write the answers; return `summarise`'s table."""
     student, tokenizer = load_model(folder, device), load_tokenizer(folder)
     problems = read_problems(problems_path)
     replies = write_replies(student, tokenizer, problems)
     judged = [judge(tokenizer, p, ids) for p, ids in zip(problems, replies, strict=True)]
-    if answers_path is not None:
-        with atomic_path(answers_path) as temporary:
-            lines = [json.dumps(line, ensure_ascii=False) for line in judged]
-            temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    with atomic_path(answers_path) as temporary:
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in judged]
+        temporary.write_text("".join(lines), "utf-8")
     return summarise(judged)
 
 

@@ -9,9 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from eval.plots import PICTURES, by_arm, rows_of
-from run.files import atomic_path
+from files import atomic_path
 
 TEXT = ("headline", "temperature", "alpha", "teacher_size", "data_share", "optimizer")
+# Title of a column -> what it shows, times what, with how many digits.
+TEXT_COLUMNS = {
+    "held-out loss": ("val_loss",), "bits/byte": ("bits_per_byte",), "KL": ("kl",),
+    "agreement %": ("agreement", 100, 1), "s": ("seconds", 1, 0),
+}  # fmt: skip
+REASONING_COLUMNS = {
+    **{f"{steps} step %": (f"accuracy_{steps}", 100, 0) for steps in range(1, 6)},
+    "formed %": ("well_formed", 100, 0), "verified %": ("verified", 100, 0),
+    "s": ("seconds", 1, 0),
+}  # fmt: skip
 
 
 def mean_and_spread(rows: list[dict], column: str, scale: float = 1.0, digits: int = 3) -> str:
@@ -33,41 +43,21 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     )
 
 
-def text_table(results: Path) -> str:
-    header = ["experiment", "arm", "seeds", "held-out loss", "bits/byte", "KL", "agreement %", "s"]
-    lines = []
-    for name in TEXT:
-        for arm, rows in by_arm(rows_of(results, name)).items():
-            lines.append(
-                [
-                    name,
-                    arm,
-                    str(len(rows)),
-                    mean_and_spread(rows, "val_loss"),
-                    mean_and_spread(rows, "bits_per_byte"),
-                    mean_and_spread(rows, "kl"),
-                    mean_and_spread(rows, "agreement", 100, 1),
-                    mean_and_spread(rows, "seconds", 1, 0),
-                ]
-            )
-    return table(header, lines)
-
-
-def reasoning_table(results: Path) -> str:
-    header = ["arm", "seeds", *(f"{n} step %" for n in range(1, 6)), "formed %", "verified %", "s"]
-    lines = []
-    for arm, rows in by_arm(rows_of(results, "reasoning")).items():
-        columns = [f"accuracy_{n}" for n in range(1, 6)] + ["well_formed", "verified"]
-        cells = [mean_and_spread(rows, column, 100, 0) for column in columns]
-        lines.append([arm, str(len(rows)), *cells, mean_and_spread(rows, "seconds", 1, 0)])
-    return table(header, lines)
+def arms_table(results: Path, names: tuple, columns: dict[str, tuple]) -> str:
+    """A line for every arm of those experiments. columns: title -> what mean_and_spread is told."""
+    lines = [
+        [name, arm, str(len(rows)), *(mean_and_spread(rows, *how) for how in columns.values())]
+        for name in names
+        for arm, rows in by_arm(rows_of(results, name)).items()
+    ]
+    return table(["experiment", "arm", "seeds", *columns], lines)
 
 
 def write_report(results: Path, scale) -> str:
     """Write RESULTS/README.md; returns the tables."""
-    tables = text_table(results)
+    tables = arms_table(results, TEXT, TEXT_COLUMNS)
     if rows_of(results, "reasoning"):
-        tables += "\n\n" + reasoning_table(results)
+        tables += "\n\n" + arms_table(results, ("reasoning",), REASONING_COLUMNS)
     devices = {row["device"] for row in rows_of(results, "headline")}
     pictures = [name for name in PICTURES if (Path(results) / name / "plot.png").is_file()]
     parts = [
@@ -77,8 +67,8 @@ def write_report(results: Path, scale) -> str:
         f"{platform.python_version()}). Every CSV row holds the command of its run.",
         f"Text: Shakespeare's plays, {scale.text_steps} steps of {scale.text_batch} x "
         f"{scale.seq_len} tokens. Mean ± standard deviation over seeds; the seed is that of data "
-        "order, student and teacher together. Held-out loss in nats a token on three whole plays; "
-        "KL and agreement beside the student's own teacher, for plain students beside the "
+        "order, student and teacher together. Held-out loss is in nats per token on three whole "
+        "plays; KL and agreement beside the student's own teacher, for plain students beside the "
         "reference teacher. s: seconds of training, without the teacher's own.",
         tables,
         *(f"![{name}]({name}/plot.png)" for name in pictures),

@@ -5,12 +5,11 @@
     python -m eval.reproduce --preset full          # sizes for one laptop GPU
 
 Every training run's command is printed, so that it can be run alone. What is done already is not
-done again: stop it whenever you like, and the same command goes on.
+done again: stop it whenever you like, and the same command resumes.
 """
 
 import argparse
 import time
-from pathlib import Path
 
 from eval import plots
 from eval.experiments import (
@@ -24,26 +23,18 @@ from eval.experiments import (
     teacher_size,
     temperature,
 )
-from eval.experiments.common import prepare_data, root, run_experiments
-from eval.experiments.scales import SCALES
+from eval.experiments.common import prepare_data, preset_args, run_experiments
 from eval.report import write_report
-from run.files import command_line
-from run.flags import new_parser
+from files import command_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    parser.add_argument("--preset", choices=tuple(SCALES), default="quick", help="sizes and seeds")
-    parser.add_argument(
-        "--results", type=Path, default=None, help="folder of CSV and PNG [out/PRESET/results]"
-    )
-    return parser.parse_args(argv)
+    return preset_args(__doc__, argv)
 
 
 def main(args) -> None:
     started = time.perf_counter()
-    scale = SCALES[args.preset]
-    results = args.results or Path(root(scale)) / "results"
+    scale, results = args.scale, args.results
     prepare_data(scale)
     # One pool for all runs. First those that others wait for, and the longest; last those whose row
     # is theirs already: a plain student's is measured beside the teacher, after its run.
@@ -52,11 +43,8 @@ def main(args) -> None:
     curves.run(scale, results)
     soft_labels.run(scale, results)
     pictures = plots.draw_all(results)
-    table = write_report(results, scale)
-    print("\n" + table)
-    print("\npictures:")
-    for path in pictures:
-        print(f"  {path}")
+    print("\n" + write_report(results, scale))
+    print("\npictures:", *pictures, sep="\n  ")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
 
 

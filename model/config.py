@@ -1,12 +1,11 @@
 """The shape of a decoder-only Transformer: one frozen dataclass, its presets, and its config.json.
 
-`ModelConfig` uses Hugging Face's field names, so `config.json` needs no translation table, and a
-downloaded Llama, Qwen2 or Qwen3 folder can be read as it is. What this implementation cannot
-compute faithfully (scaled rotary embeddings, sliding windows, other activations) is refused by
-name: a model that loads but computes something else is worse than one that does not load.
+The field names are Hugging Face's, so a downloaded Llama, Qwen2 or Qwen3 folder is read as it is.
+What cannot be computed faithfully (scaled rotary embeddings, sliding windows, other activations) is
+refused by name: a model that loads but computes something else is worse than one that does not.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 # Far above any model there is; a stranger's config.json may ask for more than memory holds.
 LARGEST, MOST_LAYERS = 10**7, 1000
@@ -15,12 +14,10 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a `Transformer`.
+    """Sizes and options of a `Transformer`. Raises ValueError for sizes that cannot work.
 
     attention_bias adds a bias to the q, k and v projections (Qwen2); qk_norm normalises every
     query and key head before the rotary embedding (Qwen3).
-
-    Raises ValueError for sizes that cannot work, naming the value.
     """
 
     vocab_size: int = 2048
@@ -39,17 +36,16 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and (type(value) is not int or value < 1):
-                raise ValueError(f"config: {field.name} = {value!r} must be a positive integer")
-            most = MOST_LAYERS if field.name == "num_hidden_layers" else LARGEST
-            if field.type in (int, "int") and value > most:
-                raise ValueError(f"config: {field.name} = {value} must be at most {most}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config: {self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} key-value heads: use a divisor"
-            )
+            value, name = getattr(self, field.name), field.name
+            most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"config: {name} = {value!r} must be a positive integer")
+            if field.type is int and value > most:
+                raise ValueError(f"config: {name} = {value} must be at most {most}")
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            cannot = f"config: {heads} attention heads cannot share {shared} key-value heads"
+            raise ValueError(f"{cannot}: use a divisor")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim = {self.head_dim} must be even for RoPE")
         if self.attention_bias and self.qk_norm:
@@ -59,26 +55,15 @@ class ModelConfig:
     def preset(cls, name: str, vocab_size: int) -> "ModelConfig":
         """The configuration called `name` in PRESETS, for a tokenizer of `vocab_size` tokens."""
         if name not in PRESETS:
-            raise ValueError(
-                f"no model preset or checkpoint folder '{name}': use one of {', '.join(PRESETS)}, "
-                "or a folder that holds config.json and model.safetensors"
-            )
-        width, layers, heads, key_value_heads, intermediate, positions = PRESETS[name]
-        return cls(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            head_dim=width // heads,
-            intermediate_size=intermediate,
-            max_position_embeddings=positions,
-        )
+            cure = f"use one of {', '.join(PRESETS)}, or a folder that holds a config.json"
+            raise ValueError(f"no model preset or checkpoint folder '{name}': {cure}")
+        D, L, H, K, inner, positions = PRESETS[name]
+        return cls(vocab_size, D, L, H, K, D // H, inner, positions)
 
     def to_json(self) -> dict:
         """The content of a Hugging Face config.json that computes the same model."""
         index = 2 if self.qk_norm else 1 if self.attention_bias else 0
-        shape = {field.name: getattr(self, field.name) for field in fields(self)}
+        shape = asdict(self)
         del shape["qk_norm"]
         if index:
             del shape["attention_bias"]  # Qwen2 implies it, and Qwen3 reads it with o_proj included
@@ -86,13 +71,9 @@ class ModelConfig:
             "architectures": [ARCHITECTURES[index]],
             "model_type": ("llama", "qwen2", "qwen3")[index],
             **shape,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "dtype": "float32",
-        }
+            "hidden_act": "silu", "attention_dropout": 0.0, "dtype": "float32",
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, config: dict) -> "ModelConfig":
@@ -100,10 +81,8 @@ class ModelConfig:
         named = config.get("architectures") or ["none"]
         architecture = named[0] if isinstance(named, list) else named
         if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"architecture '{architecture}' is not supported: use a checkpoint of "
-                f"{', '.join(ARCHITECTURES)}"
-            )
+            cure = f"use a checkpoint of {', '.join(ARCHITECTURES)}"
+            raise ValueError(f"architecture '{architecture}' is not supported: {cure}")
         # transformers 5 moved the rotary settings into "rope_parameters".
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
@@ -118,35 +97,27 @@ class ModelConfig:
             ("mlp_bias", config.get("mlp_bias", False), False),
         ):
             if value != expected:
-                raise ValueError(
-                    f"{architecture} with {name} = {value!r} is not supported, only {expected!r}: "
-                    "choose another checkpoint"
-                )
+                other = f"{architecture} with {name} = {value!r} is not supported"
+                raise ValueError(f"{other}, only {expected!r}: choose another checkpoint")
         try:
-            width, heads = config["hidden_size"], config["num_attention_heads"]
+            D, H = config["hidden_size"], config["num_attention_heads"]
             # Defaults are those of transformers for a key that an older config.json leaves out.
             return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=width,
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or width // heads,
-                intermediate_size=config["intermediate_size"],
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
+                config["vocab_size"], D, config["num_hidden_layers"], H,
+                config.get("num_key_value_heads") or H, config.get("head_dim") or D // H,
+                config["intermediate_size"], config.get("max_position_embeddings", 2048),
                 rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
-                attention_bias=biased,
-                qk_norm=architecture == "Qwen3ForCausalLM",
-            )
+                attention_bias=biased, qk_norm=architecture == "Qwen3ForCausalLM",
+            )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"config.json has no key {error}: it is incomplete") from None
         except (TypeError, ZeroDivisionError) as error:
             raise ValueError(f"config.json has a value of the wrong type: {error}") from None
 
 
-# name: width, layers, heads, key-value heads, intermediate size, positions.
+# name: width D, layers L, heads H, key-value heads K, intermediate size, positions.
 # Parameters at a vocabulary of 2,048: nano 0.21M, micro 0.46M, mini 0.99M, midi 2.4M, small 5.0M;
 # at MiniMind's 6,400: base 26M, large 104M.
 PRESETS = {

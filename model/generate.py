@@ -1,13 +1,14 @@
 """Write text with a model: a key-value cache, a batch with left padding, greedy or sampled.
 
-Prompts of different lengths stand flush right; what pads them on the left is masked out, and
-positions count from each prompt's own first token, so a row's result does not depend on the rows
-beside it. The cache holds every layer's keys and values, so that a step computes one token only.
+Prompts stand flush right; the padding on their left is masked out, and positions count from each
+prompt's own first token, so a row's result does not depend on the rows beside it. The cache holds
+every layer's keys and values, so that a step computes one token only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .transformer import Transformer
@@ -27,10 +28,8 @@ class KeyValueCache:
         """Store key and value (B, K, S, d) after the filled positions; return all filled ones."""
         if layer not in self.layers:
             B, K, _, d = key.shape
-            self.layers[layer] = (
-                key.new_empty(B, K, self.capacity, d),
-                value.new_empty(B, K, self.capacity, d),
-            )
+            shape = (B, K, self.capacity, d)
+            self.layers[layer] = (key.new_empty(shape), value.new_empty(shape))
         keys, values = self.layers[layer]
         end = self.length + key.shape[2]
         keys[:, :, self.length : end] = key
@@ -39,9 +38,8 @@ class KeyValueCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop the rows of the batch that are not in `rows` (their indices)."""
-        self.layers = {
-            layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()
-        }
+        for layer, (keys, values) in self.layers.items():
+            self.layers[layer] = (keys[rows], values[rows])
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
@@ -51,87 +49,77 @@ def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, g
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
         # Keep the smallest set whose mass reaches top_p: drop what stands after that point.
         dropped = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.scatter(-1, order, ordered.masked_fill(dropped, float("-inf")))
+        logits = logits.scatter(-1, order, ordered.masked_fill(dropped, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
 def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts -> ids (B, S) flush right, and which of them are real (B, S)."""
+    """Prompts -> ids (B, S) flush right, and which of them are no padding (B, S)."""
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     longest = max(map(len, prompts))
     ids = [[PAD_ID] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    mask = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @torch.inference_mode()
 def decode(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_ids: tuple[int, ...] = (END_OF_TURN_ID, END_OF_TEXT_ID),
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
-) -> Iterator[list[tuple[int, int]]]:
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    stop_ids: Container[int] = (END_OF_TURN_ID, END_OF_TEXT_ID),
+    generator: torch.Generator | None = None, use_cache: bool = True,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """The loop behind `generate` and `stream`: yields each step's (prompt index, token) pairs."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature {temperature} must be 0 (greedy) or a positive number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
-    ids, real = left_pad(prompts, model.lm_head.weight.device)
-    limit = model.config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones need more than the "
-            f"model's {limit} positions: shorten the prompt or lower max_new_tokens"
-        )
+    ids, attention_mask = left_pad(prompts, model.lm_head.weight.device)
+    limit, length = model.config.max_position_embeddings, ids.shape[1]
+    if length + max_new_tokens > limit:
+        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones"
+        cure = "shorten the prompt or lower max_new_tokens"
+        raise ValueError(f"{asked} need more than the model's {limit} positions: {cure}")
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     finished = set()
-    cache = KeyValueCache(ids.shape[1] + max_new_tokens) if use_cache else None
-    padded = not bool(real.all())
-    fresh = ids  # what the model has not read yet
+    cache = KeyValueCache(length + max_new_tokens) if use_cache else None
+    padded = not bool(attention_mask.all())
+    new_ids = ids  # what the model has not read yet
     for _ in range(max_new_tokens):
-        S, keys = fresh.shape[1], real.shape[1]
-        positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]
+        S, keys = new_ids.shape[1], attention_mask.shape[1]
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]
         mask = None
         if padded or S < keys:
             causal = torch.ones(S, keys, dtype=torch.bool, device=ids.device).tril(keys - S)
-            mask = (causal & real[:, None, :])[:, None]  # (B, 1, S, keys)
+            mask = (causal & attention_mask[:, None, :])[:, None]  # (B, 1, S, keys)
             if padded:  # a padding query may see itself, or its softmax would be 0 / 0
                 mask = mask | torch.eye(keys, dtype=torch.bool, device=ids.device)[-S:]
-        hidden = model.model(fresh, positions, cache, mask)
+        hidden = model.model(new_ids, positions, cache, mask)
         tokens = choose_token(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
         if cache is not None:
             cache.length += S
-        made = []
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row not in finished:
-                if token in stop_ids:
-                    finished.add(row)
-                else:
-                    made.append((row, token))
+        pairs = list(zip(rows, tokens.tolist(), strict=True))
+        finished |= {row for row, token in pairs if token in stop_ids}
+        made = [(row, token) for row, token in pairs if row not in finished]
         yield made
         if not made:
             return
         ids = torch.cat((ids, tokens[:, None]), dim=1)
-        real = torch.cat((real, torch.ones_like(real[:, :1])), dim=1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=True)
         if len(made) < 0.75 * len(rows):  # shrinking copies the cache, so not for every row
-            keep = torch.tensor([i for i, row in enumerate(rows) if row not in finished])
-            keep = keep.to(ids.device)
-            ids, real, rows = ids[keep], real[keep], [row for row in rows if row not in finished]
+            left = [i for i, row in enumerate(rows) if row not in finished]
+            rows, left = [rows[i] for i in left], torch.tensor(left, device=ids.device)
+            ids, attention_mask = ids[left], attention_mask[left]
             if cache is not None:
-                cache.keep(keep)
-        fresh = ids[:, -1:] if use_cache else ids
+                cache.keep(left)
+        new_ids = ids[:, -1:] if use_cache else ids
 
 
 def generate(
@@ -139,10 +127,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt (token ids) by at most max_new_tokens; returns the new ids only.
 
-    Options: temperature (0, the default, is greedy), top_k (0 is off), top_p (1 is off),
-    stop_ids (a row ends at the first of them, which is left out of the result), generator (a
-    torch.Generator that makes sampling repeatable), use_cache (False computes the whole sequence
-    at every step: slow, the same tokens, there to check the cache against).
+    Options: temperature (0, the default, is greedy), top_k (0 is off), top_p (1 is off), stop_ids
+    (a row ends before the first of them), generator (a torch.Generator that makes sampling
+    repeatable), use_cache (False computes the whole sequence at every step, to check the cache).
     Raises ValueError for empty prompts or more positions than the model has.
     """
     results: list[list[int]] = [[] for _ in prompts]
@@ -152,10 +139,7 @@ def generate(
     return results
 
 
-def stream(
-    model: Transformer, prompt: list[int], max_new_tokens: int = 128, **options
-) -> Iterator[int]:
+def stream(model, prompt: list[int], max_new_tokens: int = 128, **options) -> Iterator[int]:
     """Yield the tokens of one continuation as they are made; options as in `generate`."""
     for made in decode(model, [prompt], max_new_tokens, **options):
-        for _, token in made:
-            yield token
+        yield from (token for _, token in made)

@@ -55,39 +55,58 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value; causal where there is no mask.
 
-    query (B, H, S, d), key and value (B, K, keys, d): every key-value head serves H / K
-    neighbouring query heads.
-
-    On a CPU the kernel takes a fifth longer in bfloat16 than in float32, and twice as long in the
-    backward pass; the formula itself, compiled, is still faster for short sequences.
+    query (B, H, S, d), key and value (B, K, keys, d): a key-value head serves H / K query heads.
     """
+    # On a CPU the kernel takes a fifth longer in bfloat16 than in float32, twice as long backward;
+    # for short sequences the formula itself, compiled, is faster than either.
     device = query.device.type
     slow = device == "cpu" and query.dtype == torch.bfloat16
     if slow and torch.compiler.is_compiling() and mask is None and query.shape[2] <= SHORT:
-        return causal_attention(query, key, value)
+        return attention_by_formula(query, key, value, None)[1]
     if slow:
         query, key, value = query.float(), key.float(), value.float()
+    options = {"is_causal": mask is None, "enable_gqa": query.shape[1] != key.shape[1]}
     with torch.autocast(device, enabled=False) if slow else nullcontext():
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What `attend` computes without a mask, written out; the scores (B, H, S, S) are in memory."""
+def attention_by_formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None):
+    """What `attend` computes, written out: the maps (B, H, S, keys) and their mix (B, H, S, d)."""
     B, H, S, d = query.shape
-    K = key.shape[1]
+    K, keys = key.shape[1:3]
     query = query.reshape(B * K, H // K * S, d)  # all queries that look at one key-value head
-    key, value = key.reshape(B * K, S, d), value.reshape(B * K, S, d)
-    scores = torch.bmm(query, key.transpose(1, 2)).view(B * K, H // K, S, S) / d**0.5
-    future = torch.full((S, S), -torch.inf, device=query.device).triu(1)  # 0 where one may look
-    probs = (scores.float() + future).softmax(-1).to(value.dtype)
-    return torch.bmm(probs.view(B * K, -1, S), value).view(B, H, S, d)
+    key, value = key.reshape(B * K, keys, d), value.reshape(B * K, keys, d)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(B, H, S, keys).float() / d**0.5
+    if mask is None:
+        mask = torch.ones(S, keys, dtype=torch.bool, device=query.device).tril(keys - S)
+    probs = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+    mixed = torch.bmm(probs.view(B * K, H // K * S, keys), value)
+    return probs, mixed.view(B, H, S, d)
+
+
+class Record:
+    """What a forward pass leaves behind on request: `model(input_ids, record=record)`.
+
+    Record("hidden", "attention") names what is wanted; each is then a list over layers:
+    hidden      L + 1 of (B, S, D): the embedding, then the stream after each layer, before the norm
+    attention   L of (B, H, S, keys), rows that sum to 1; by the formula, as no kernel tells them
+    queries     L of (B, H, S, d), keys and values L of (B, K, keys, d), after rotation
+    and logits (B, S, V).
+    """
+
+    NAMES = ("hidden", "attention", "queries", "keys", "values")
+
+    def __init__(self, *wanted: str):
+        for name in wanted:
+            if name not in self.NAMES:
+                raise ValueError(f"no record of '{name}': use {', '.join(self.NAMES)}")
+        self.wanted = set(wanted or self.NAMES)
+        self.hidden, self.attention, self.queries, self.keys, self.values = [], [], [], [], []
+        self.logits: Tensor | None = None
+
+    def add(self, **tensors: Tensor) -> None:
+        for name in self.wanted & tensors.keys():
+            getattr(self, name).append(tensors[name])
 
 
 class Attention(nn.Module):
@@ -95,36 +114,35 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.key_value_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        query_width = self.heads * self.head_dim
-        key_value_width = self.key_value_heads * self.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        self.head_dim, self.qk_norm = d, config.qk_norm
+        self.q_proj = nn.Linear(D, H * d, bias=bias)
+        self.k_proj = nn.Linear(D, K * d, bias=bias)
+        self.v_proj = nn.Linear(D, K * d, bias=bias)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary, cache=None, mask: Tensor | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D). mask (B, 1, S, keys) is true where a query may look;
-        without it attention is plainly causal."""
-        B, S, _ = x.shape
-        # (B, S, heads * d) -> (B, heads, S, d)
-        query = self.q_proj(x).view(B, S, self.heads, self.head_dim).transpose(1, 2)
-        key = self.k_proj(x).view(B, S, self.key_value_heads, self.head_dim).transpose(1, 2)
-        value = self.v_proj(x).view(B, S, self.key_value_heads, self.head_dim).transpose(1, 2)
+    def forward(self, x: Tensor, rotary, cache=None, mask=None, record=None) -> Tensor:
+        """x (B, S, D) -> the same. mask (B, 1, S, keys): where a query may look; None is causal."""
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        heads = (-1, self.head_dim)  # (B, S, heads * d) -> (B, heads, S, d)
+        query, key, value = (x.unflatten(-1, heads).transpose(1, 2) for x in projected)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:
             key, value = cache.append(self, key, value)
-        mixed = attend(query, key, value, mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))
+        if record is not None:
+            record.add(queries=query, keys=key, values=value)
+        if record is not None and "attention" in record.wanted:
+            probs, mixed = attention_by_formula(query, key, value, mask)
+            record.add(attention=probs)
+        else:
+            mixed = attend(query, key, value, mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, S, d) -> (B, S, H * d)
 
 
 class SwiGLU(nn.Module):
@@ -132,9 +150,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -150,19 +169,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary, cache=None, mask=None, keep=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask)
-        if keep is not None:  # from here on a token is by itself
-            x = x.flatten(0, 1).index_select(0, keep)
+    def forward(self, x: Tensor, rotary, cache=None, mask=None, record=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask, record)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: input_ids (B, S) -> hidden states (B, S, D).
-
-    keep (N,): places of the flattened (B * S) tokens; only theirs come back, (N, D). The others
-    still are keys and values for them, but spare the last block's feed-forward layer.
-    """
+    """Embedding, blocks and the last norm: input_ids (B, S) -> hidden states (B, S, D)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -171,25 +184,26 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, positions=None, cache=None, mask=None, keep: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids, positions=None, cache=None, mask=None, record=None) -> Tensor:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(input_ids)
-        *first, last = self.layers
-        for layer in first:
-            x = layer(x, rotary, cache, mask)
-        return self.norm(last(x, rotary, cache, mask, keep))
+        if record is not None:
+            record.add(hidden=x)
+        for layer in self.layers:
+            x = layer(x, rotary, cache, mask, record)
+            if record is not None:
+                record.add(hidden=x)
+        return self.norm(x)
 
 
 class Transformer(nn.Module):
     """`Transformer(config)(input_ids)`: input_ids (B, S) -> logits (B, S, V) for the next token.
 
     Logits at position s say what comes at s + 1; labels are shifted in dataset/, never here.
-    positions (B, S), cache and mask (B, 1, S, keys) serve generation. Right-padded training
-    batches need no mask: a causal query never sees what stands to its right.
+    positions (B, S), cache and mask (B, 1, S, keys) serve generation; right-padded training batches
+    need no mask, as a causal query never sees what stands to its right. record: a Record to fill.
     """
 
     def __init__(self, config: ModelConfig):
@@ -203,8 +217,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, std: float = 0.02) -> None:
-        """Normal weights; what writes into the residual stream is scaled by 1 / sqrt(2L), so that
-        the stream's variance does not grow with depth (GPT-2, Radford et al. 2019)."""
+        """Normal weights; those that write into the residual stream are scaled by 1 / sqrt(2L), so
+        that its variance does not grow with depth (GPT-2, Radford et al. 2019)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -213,8 +227,13 @@ class Transformer(nn.Module):
                 scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
                 parameter.normal_(0.0, std * scale)
 
-    def forward(self, input_ids: Tensor, positions=None, cache=None, mask=None) -> Tensor:
-        return self.lm_head(self.model(input_ids, positions, cache, mask))
+    def forward(self, input_ids, positions=None, cache=None, mask=None, record=None) -> Tensor:
+        # With a record the body runs as it is written, also where --compile has compiled it.
+        body = self.model if record is None else self.model.forward
+        logits = self.lm_head(body(input_ids, positions, cache, mask, record))
+        if record is not None:
+            record.logits = logits
+        return logits
 
     def num_parameters(self) -> int:
         """Parameters that are stored; a tied head counts once."""

@@ -4,13 +4,10 @@
 
 Every process holds the same weights, computes the whole batch's token ids, and takes its own rows
 of them (run/batches.py). Its loss is its share of the batch's, so gradients are summed over the
-processes, once an optimizer step, and all of them make the same update. That is what PyTorch's
-DistributedDataParallel does; it also sends each layer's gradients while earlier layers are still
-in backward, which hides the time that sending takes. A model that does not fit one device needs
---fsdp (run/shards.py).
-
-The process of rank 0 writes and prints. Where torchrun did not start this process, all of this is
-the identity. Tensors on a CPU travel by gloo, on CUDA by NCCL.
+processes, once per optimizer step, and all make the same update. (DistributedDataParallel also
+sends each layer's gradients while earlier layers are still in backward.) A model that does not fit
+one device needs --fsdp (run/shards.py). Rank 0 writes and prints. Alone, all of this is the
+identity. Tensors on a CPU travel by gloo, on CUDA by NCCL.
 """
 
 import os
@@ -20,20 +17,23 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
+
+from files import command
 
 TIMEOUT = timedelta(hours=2)  # others wait while rank 0 evaluates or compiles
 store = None  # the key-value store of torchrun, which outlives a process that failed
 
 
 def start() -> None:
-    """Meet the processes that torchrun started, if it did."""
+    """Join the processes that torchrun started, if it did."""
     global store
     if store is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         return
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        command.end_process = end_process
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -46,17 +46,15 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")  # what all processes would print is printed once
 
 
-def leave(code: int) -> None:
-    """End this process with exit code `code`; where it is alone, return if that is 0.
+def end_process(code: int, message: str | None) -> None:
+    """End this process, one of several; the first one to fail says why.
 
-    Of several, one that failed does not close the connections: closing them waits for the others,
-    which may be waiting for it (torchtitan #1342). And the interpreter is not taken down: gloo's
-    threads can still hold tensors then, and abort (pytorch #179291).
+    One that failed leaves the connections open: closing them waits for the others, which may be
+    waiting for it (torchtitan #1342). The interpreter is not taken down either: gloo's threads can
+    still hold tensors then, and abort (pytorch #179291).
     """
-    if store is None:
-        if code:
-            sys.exit(code)
-        return
+    if message is not None and is_first_failure():
+        command.end_alone(0, message)
     if code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -76,17 +74,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def speaks() -> bool:
-    """Whether this process is the first to report how the run ends; the others stay silent.
-
-    Most mistakes are made by all processes at once; others by one, and the rest then fail because
-    that one is gone. The reader needs the first message only.
-    """
-    if store is None:
-        return True
+def is_first_failure() -> bool:
+    """Whether this process is the first to report how the run ends; the others stay silent: they
+    made the same mistake, or fail because this one is gone."""
     try:
-        return store.add("spoken", 1) == 1
-    except RuntimeError:  # the store went with its process, which has spoken
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # the store went with its process, which has reported
         return False
 
 
@@ -94,8 +87,8 @@ def speaks() -> bool:
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
-    """Report a process that is gone as an OSError, in one sentence."""
+def report_lost_process() -> Iterator[None]:
+    """Turn the error of a process that is gone into an OSError, in one sentence."""
     try:
         yield
     except RuntimeError:
@@ -109,7 +102,7 @@ def total(value: Tensor) -> Tensor:
     """The sum of every process's `value`."""
     if world_size() > 1:
         value = value.clone()
-        with meeting():
+        with report_lost_process():
             dist.all_reduce(value)
     return value
 
@@ -123,18 +116,17 @@ def barrier() -> None:
     any_rank(False)
 
 
-def of_main(value: float) -> float:
+def broadcast_from_rank0(value: float) -> float:
     """The value that rank 0 has: equal weights on unequal GPUs may differ in the last digit."""
     return float(total(torch.tensor(value if is_main() else 0.0, dtype=torch.float64)))
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
+def sum_gradients(gradients: list[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, sent as one vector."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return
     vector = torch.cat([gradient.flatten() for gradient in gradients])
-    with meeting():
+    with report_lost_process():
         dist.all_reduce(vector)
     for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -2,11 +2,10 @@
 
     torchrun --nproc_per_node=4 train_distillation.py --teacher FOLDER --batch_size 64 --fsdp
 
-Each of N processes keeps 1/N of every parameter, and so of gradients and optimizer state. A layer's
-parameters are gathered just before they are used and freed after; its gradients are summed, each
-part where it is kept. This is PyTorch's fully_shard (Zhao et al. 2023, 2304.11277), on the
-student and the teacher. What is saved is whole, so a run may go on with another number of
-processes, or without --fsdp.
+Each of N processes keeps 1/N of every parameter, of its gradient and optimizer state; a layer is
+gathered just before it is used. This is PyTorch's fully_shard (Zhao et al. 2023, 2304.11277), on
+student and teacher; modules that a method adds (a projection) stay whole. What is saved is whole,
+so a run may go on with another number of processes, or without --fsdp.
 """
 
 import torch
@@ -14,18 +13,12 @@ from torch import Tensor, nn
 
 from . import parallel
 
-in_use = False  # whether parameters are sharded tensors (DTensor): set by `place`
 
+def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Put this process's part of a Transformer on its device.
 
-def place(model: nn.Module, device: torch.device, args) -> nn.Module:
-    """Put a Transformer on this process's device: whole, or with --fsdp only this process's part.
-
-    The model comes on the CPU, so that with --fsdp no device ever holds more than one whole layer.
+    The model comes on the CPU, so that no device ever holds more than one whole layer.
     """
-    global in_use
-    in_use = args.fsdp
-    if not in_use:
-        return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -36,9 +29,9 @@ def place(model: nn.Module, device: torch.device, args) -> nn.Module:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over processes, not the mean
             module.set_force_sum_reduction_for_comms(True)
-    # fully_shard gathers what it shards when the whole model is called. The scripts call its body
-    # and then use the head's weight, so the body gathers what belongs to no layer: embedding, norm
-    # and head. The one call of the whole tells fully_shard which module is the outermost.
+    # fully_shard gathers what it shards when the whole model is called. Where only the body is
+    # called, and then the head's weight is used, the body gathers what belongs to no layer:
+    # embedding, norm and head. One call of the whole tells fully_shard which module is outermost.
     model.model.register_forward_pre_hook(lambda body, inputs: model.unshard())
     with torch.no_grad():
         model(torch.zeros((1, 1), dtype=torch.long, device=device))
@@ -46,20 +39,20 @@ def place(model: nn.Module, device: torch.device, args) -> nn.Module:
     return model
 
 
+def is_sharded(value) -> bool:
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
 def gather(value):
     """The same dict or list with every sharded tensor whole, on the CPU of rank 0; others get None.
 
     To be called by all processes. Nothing changes where nothing is sharded.
     """
-    if not in_use:
-        return value
-    from torch.distributed.tensor import DTensor
-
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, list):
         return [gather(item) for item in value]
-    if not isinstance(value, DTensor):
+    if not is_sharded(value):
         return value
     whole = value.detach().full_tensor()
     return whole.cpu() if parallel.is_main() else None
@@ -67,7 +60,7 @@ def gather(value):
 
 def shard(value, like: Tensor):
     """This process's part of `value`, where `like` is a sharded tensor of the same shape."""
-    if not in_use or not isinstance(value, Tensor) or value.shape != like.shape:
+    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

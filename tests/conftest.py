@@ -51,11 +51,14 @@ def prepared_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kill_teacher(prepared_folder, tmp_path_factory):
-    """A small teacher, trained by its script in a process of its own. Read-only."""
-    from tests.test_kill import command_of, start
+    """A small teacher and what it says about the text, made by commands. Read-only."""
+    from tests.robustness.test_kill import command_of, start
 
     folder = tmp_path_factory.mktemp("kill")
+    teacher, cache = folder / "teacher", folder / "teacher" / "sample.cache"
     with open(folder / "log", "w") as log:
-        words = command_of("pretrain", prepared_folder, None, folder / "teacher")
-        assert start(words, folder / "teacher", log).wait() == 0
-    return folder / "teacher"
+        words = command_of("pretrain", prepared_folder, None, teacher)
+        assert start(words, teacher, log).wait() == 0
+        words = [*command_of("cache", prepared_folder, teacher, cache), "--seq_len", "32"]
+        assert start(words, cache, log).wait() == 0
+    return teacher

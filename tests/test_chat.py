@@ -1,5 +1,6 @@
 """Promise: labels stand on the assistant's words alone, and no conversation is lost on the way."""
 
+import hashlib
 import json
 import random
 
@@ -14,11 +15,11 @@ from dataset.chat import (
     gsm8k_conversation,
     held_out,
     only_answer,
-    parts_of,
 )
 from dataset.prepare import problem_line
 from dataset.problems import make_problems
-from dataset.tokenizer import decode, load_tokenizer, train_tokenizer
+from dataset.tokenizer import decode, load_tokenizer, save_tokenizer, train_tokenizer
+from files import tokenizer_hash
 
 IGNORE, PAD, START, END, THINK, UNTHINK, ANSWER, UNANSWER = -100, 0, 1, 2, 3, 4, 5, 6
 TRACE = "<think>\n2+2=4\n</think>\n<answer>\n4\n</answer>"
@@ -28,6 +29,13 @@ TRACE = "<think>\n2+2=4\n</think>\n<answer>\n4\n</answer>"
 def letters():
     """A tokenizer without merges: every ASCII character is a token, so ids can be spelled."""
     return train_tokenizer([""], 263)
+
+
+@pytest.fixture(scope="module")
+def letters_folder(letters, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("letters")
+    save_tokenizer(letters, folder)
+    return folder
 
 
 def spell(tokenizer, text: str) -> list[int]:
@@ -204,31 +212,44 @@ GOOD = turns_line(USER, REPLY)
         (turns_line({"role": "user", "content": "\ud83d"}, REPLY), ""),  # half an emoji
     ],
 )
-def test_bad_conversation_is_refused_by_its_line(tmp_path, letters, line, message):
+def test_bad_conversation_is_refused_by_its_line(tmp_path, letters_folder, line, message):
     path = write(tmp_path / "chat.jsonl", GOOD, line, GOOD)
     with pytest.raises(ValueError, match=f"chat.jsonl line 2.*{message}"):
-        ChatData(path, letters, "train", 100, val_share=0.0)
+        ChatData(path, letters_folder, "train", 100, val_share=0.0)
 
 
-def test_prompt_longer_than_max_len_leaves_nothing_to_learn(tmp_path, letters):
+def test_bad_conversations_may_be_left_out(tmp_path, letters, letters_folder, capsys):
+    """From both splits; they are told once."""
+    good = many(60)
+    path = write(tmp_path / "chat.jsonl", "{", *good, turns_line(USER), "[]")
+    options = {"val_share": 0.3, "skip_bad": True}
+    data = ChatData(path, letters_folder, "train", 10_000, **options)
+    rows = rows_of(data.evaluation(8, 1000)) + rows_of(data.held_out.evaluation(8, 1000))
+    assert sorted(rows) == expected_rows(letters, good)
+    assert capsys.readouterr().out.count("3 bad lines were left out") == 1
+    with pytest.raises(ValueError, match="chat.jsonl line 1 is not valid JSON"):
+        ChatData(path, letters_folder, "train", 10_000, val_share=0.3)
+
+
+def test_prompt_longer_than_max_len_leaves_nothing_to_learn(tmp_path, letters_folder):
     path = write(tmp_path / "chat.jsonl", talk("q", "a"), talk("long " * 50, "a"))
     with pytest.raises(ValueError, match="line 2.*100 tokens.*--seq_len"):
-        ChatData(path, letters, "train", 100, val_share=0.0)
+        ChatData(path, letters_folder, "train", 100, val_share=0.0)
 
 
-def test_thinking_alone_leaves_nothing_to_learn_without_it(tmp_path, letters):
+def test_thinking_alone_leaves_nothing_to_learn_without_it(tmp_path, letters_folder):
     # Or the student would be taught to answer with silence.
     path = write(tmp_path / "chat.jsonl", talk("q", "a"), talk("q", "<think>\nhm\n</think>\n"))
-    assert ChatData(path, letters, "train", 100, val_share=0.0).size == 2
+    assert ChatData(path, letters_folder, "train", 100, val_share=0.0).size == 2
     with pytest.raises(ValueError, match="line 2"):
-        ChatData(path, letters, "train", 100, val_share=0.0, answers_only=True)
+        ChatData(path, letters_folder, "train", 100, val_share=0.0, answers_only=True)
 
 
 @pytest.mark.parametrize("split, val_share", [("val", 0.0), ("train", 1.0)])
-def test_empty_split_is_refused(tmp_path, letters, split, val_share):
+def test_empty_split_is_refused(tmp_path, letters_folder, split, val_share):
     path = write(tmp_path / "chat.jsonl", talk("q", "a"))
     with pytest.raises(ValueError, match=f"none of its 1 conversations.*{split}"):
-        ChatData(path, letters, split, 100, val_share=val_share)
+        ChatData(path, letters_folder, split, 100, val_share=val_share)
 
 
 # --- Batches ---
@@ -270,26 +291,41 @@ def epoch(data, batch_size, seed, number=0):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 37, 64])
-def test_every_conversation_stands_once_in_every_epoch(tmp_path, letters, batch_size):
+def test_every_conversation_stands_once_in_every_epoch(
+    tmp_path, letters, letters_folder, batch_size
+):
     conversations = many(37)
     path = write(tmp_path / "chat.jsonl", *conversations)
-    data = ChatData(path, letters, "train", 10_000, val_share=0.0)
+    data = ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
     assert data.cut == 0
     for number in range(3):
         rows = rows_of(epoch(data, batch_size, seed=0, number=number))
         assert sorted(rows) == expected_rows(letters, conversations)
 
 
-def test_train_and_val_share_nothing_and_lose_nothing(tmp_path, letters):
+def test_train_and_val_share_nothing_and_lose_nothing(tmp_path, letters, letters_folder):
     conversations = many(200)
     path = write(tmp_path / "chat.jsonl", *conversations)
-    parts = [ChatData(path, letters, s, 10_000, val_share=0.3) for s in ("train", "val")]
-    train, val = (rows_of(data.evaluation_batches(16, 1000)) for data in parts)
+    parts = [ChatData(path, letters_folder, s, 10_000, val_share=0.3) for s in ("train", "val")]
+    train, val = (rows_of(data.evaluation(16, 1000)) for data in parts)
     assert sorted(train + val) == expected_rows(letters, conversations)
     assert 35 < len(val) < 85  # 60 expected, standard deviation 6.5
 
 
-def test_split_follows_from_the_question_alone(tmp_path, letters):
+def test_the_training_split_has_the_other_as_held_out(tmp_path, letters, letters_folder):
+    path = write(tmp_path / "chat.jsonl", *many(60))
+    options = {"val_share": 0.3, "answers_only": True}
+    train = ChatData(path, letters_folder, "train", 150, **options)
+    val = ChatData(path, letters_folder, "val", 150, **options)
+    assert [len(ids) for ids, _ in train.held_out.examples] == list(val.lengths)
+    assert val.held_out is None
+    assert train.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert train.tokenizer_sha256 == tokenizer_hash(letters_folder)
+    assert train.special_ids() == ((THINK, UNTHINK, ANSWER, UNANSWER), END)
+    assert train.vocab_size == 263
+
+
+def test_split_follows_from_the_question_alone(tmp_path, letters_folder):
     conversations = many(100)
     before = [held_out(turns, 0.3) for turns in conversations]
     for turns in conversations:
@@ -298,12 +334,12 @@ def test_split_follows_from_the_question_alone(tmp_path, letters):
     path = write(tmp_path / "a.jsonl", *conversations)
     back = write(tmp_path / "b.jsonl", *conversations[::-1])
     rows = [
-        rows_of(ChatData(p, letters, "val", 10_000, val_share=0.3).evaluation_batches(8, 1000))
+        rows_of(ChatData(p, letters_folder, "val", 10_000, val_share=0.3).evaluation(8, 1000))
         for p in (path, back)
     ]
     assert sorted(rows[0]) == sorted(rows[1])
     sizes = [
-        ChatData(path, letters, "val", 10_000, val_share=0.3, answers_only=only).size
+        ChatData(path, letters_folder, "val", 10_000, val_share=0.3, answers_only=only).size
         for only in (False, True)
     ]
     assert sizes[0] == sizes[1] == sum(before)
@@ -320,11 +356,11 @@ def same(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_batch_depends_on_data_seed_and_step_alone(tmp_path, letters):
+def test_batch_depends_on_data_seed_and_step_alone(tmp_path, letters_folder):
     path = write(tmp_path / "chat.jsonl", *many(30))
 
     def reader():
-        return ChatData(path, letters, "train", 10_000, val_share=0.0)
+        return ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
 
     fresh = {n: reader().batch(n, 4, 5) for n in range(20)}  # two and a half epochs
     used = reader()
@@ -333,24 +369,24 @@ def test_batch_depends_on_data_seed_and_step_alone(tmp_path, letters):
 
 
 @pytest.mark.parametrize("asked", [[(4, 0), (4, 1), (4, 0)], [(4, 0), (7, 0), (4, 0)]])
-def test_one_reader_may_be_asked_for_other_seeds_and_sizes(tmp_path, letters, asked):
+def test_one_reader_may_be_asked_for_other_seeds_and_sizes(tmp_path, letters_folder, asked):
     path = write(tmp_path / "chat.jsonl", *many(30))
-    used = ChatData(path, letters, "train", 10_000, val_share=0.0)
+    used = ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
     for batch_size, seed in asked:
-        fresh = ChatData(path, letters, "train", 10_000, val_share=0.0)
+        fresh = ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
         assert same(used.batch(1, batch_size, seed), fresh.batch(1, batch_size, seed))
 
 
-def test_seeds_and_epochs_give_other_orders(tmp_path, letters):
+def test_seeds_and_epochs_give_other_orders(tmp_path, letters_folder):
     path = write(tmp_path / "chat.jsonl", *many(40))
-    data = [ChatData(path, letters, "train", 10_000, val_share=0.0) for _ in range(2)]
+    data = [ChatData(path, letters_folder, "train", 10_000, val_share=0.0) for _ in range(2)]
     orders = [tuple(rows_of(epoch(data[s], 4, s, number))) for s in (0, 1) for number in (0, 1)]
     assert len(set(orders)) == 4
 
 
-def test_a_batch_is_sorted_by_length_and_the_batches_are_not(tmp_path, letters):
+def test_a_batch_is_sorted_by_length_and_the_batches_are_not(tmp_path, letters_folder):
     path = write(tmp_path / "chat.jsonl", *many(400))
-    data = ChatData(path, letters, "train", 10_000, val_share=0.0)
+    data = ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
     means = []
     for batch in epoch(data, 8, 0):
         lengths = [len(ids) for ids, _ in rows_of([batch])]
@@ -360,14 +396,14 @@ def test_a_batch_is_sorted_by_length_and_the_batches_are_not(tmp_path, letters):
     assert np.std(means) == pytest.approx(np.std(data.lengths) / 8**0.5, rel=0.3)
 
 
-def test_evaluation_set_has_no_seed_and_a_limit(tmp_path, letters):
+def test_evaluation_set_has_no_seed_and_a_limit(tmp_path, letters, letters_folder):
     conversations = many(30)
     path = write(tmp_path / "chat.jsonl", *conversations)
-    data = ChatData(path, letters, "train", 10_000, val_share=0.0)
+    data = ChatData(path, letters_folder, "train", 10_000, val_share=0.0)
     data.batch(5, 4, seed=3)
-    rows = rows_of(data.evaluation_batches(4, 10))
+    rows = rows_of(data.evaluation(4, 10))
     assert sorted(rows) == expected_rows(letters, conversations[:10])
-    assert len(rows_of(data.evaluation_batches(4, 1000))) == 30
+    assert len(rows_of(data.evaluation(4, 1000))) == 30
 
 
 @pytest.mark.parametrize("batch_size", [64, 128])
@@ -375,37 +411,40 @@ def test_padding_of_generated_problems_is_small(tmp_path, prepared_folder, batch
     problems = make_problems("train", (1, 2, 3, 4), 6 * 128, seed=0)
     lines = [json.dumps(problem_line(problem, with_trace=True)) for problem in problems]
     path = write(tmp_path / "reason.jsonl", *lines)
-    data = ChatData(path, load_tokenizer(prepared_folder), "train", 10_000, val_share=0.0)
+    data = ChatData(path, prepared_folder, "train", 10_000, val_share=0.0)
     tokens = computed = 0
+    parts = data.micro_batches(batch_size, 1)
     for input_ids, _ in epoch(data, batch_size, seed=4):
-        for piece in input_ids.chunk(parts_of(batch_size)):  # each is cut at its own longest row
+        for piece in input_ids.chunk(parts):  # each is cut at its own longest row
             lengths = (piece != PAD).sum(1).tolist()
             tokens += sum(lengths)
             computed += len(lengths) * max(lengths)
     assert tokens == sum(len(ids) for ids, _ in data.examples)
     assert 1 - tokens / computed < 0.15
-    shown = data.padding_share(batch_size, parts_of(batch_size))  # of another seed's batches
-    assert shown == pytest.approx(1 - tokens / computed, abs=0.02)
 
 
 @pytest.mark.parametrize(
     "batch_size, accumulation_steps, parts",
     [(1, 1, 1), (7, 1, 1), (16, 1, 2), (32, 1, 4), (512, 1, 4), (16, 8, 8), (64, 2, 4)],
 )
-def test_micro_batches_of_conversations(batch_size, accumulation_steps, parts):
-    assert parts_of(batch_size, accumulation_steps) == parts
+def test_micro_batches_of_conversations(
+    tmp_path, letters_folder, batch_size, accumulation_steps, parts
+):
+    path = write(tmp_path / "chat.jsonl", talk("q", "a"))
+    data = ChatData(path, letters_folder, "train", 99, val_share=0.0)
+    assert data.micro_batches(batch_size, accumulation_steps) == parts
 
 
-def test_cut_conversations_are_counted_and_kept(tmp_path, letters):
+def test_cut_conversations_are_counted_and_kept(tmp_path, letters, letters_folder):
     conversations = many(60)
     lengths = sorted(len(encode_conversation(letters, c)[0]) for c in conversations)
     path = write(tmp_path / "chat.jsonl", *conversations)
     limit = lengths[-5]
     assert lengths[-6] < limit < lengths[-4]
-    data = ChatData(path, letters, "train", limit, val_share=0.0)
+    data = ChatData(path, letters_folder, "train", limit, val_share=0.0)
     assert (data.cut, data.size) == (4, 60)
     expected = sorted(
         tuple(tuple(part[:limit]) for part in encode_conversation(letters, c))
         for c in conversations
     )
-    assert sorted(rows_of(data.evaluation_batches(8, 1000))) == expected
+    assert sorted(rows_of(data.evaluation(8, 1000))) == expected

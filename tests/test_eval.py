@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,10 +22,9 @@ from dataset.tokenizer import encode_tagged, load_tokenizer
 from eval import chat, perplexity, plots, reasoning, report, reproduce
 from eval.experiments import cache, common, jobs, scales
 from eval.experiments.jobs import Job
-from eval.metrics import evaluate
+from files import Finished, file_hash, lock, locks, read_json
 from model import ModelConfig, Transformer
-from run import files
-from run.files import Finished, hold, read_json
+from run import evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,7 +159,7 @@ def test_every_experiment_has_its_rows(name, reproduced):
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(seeds)}
     for row in rows:
         assert float(row["val_loss"]) > 0 and float(row["seconds"]) > 0
-        assert row["command"].startswith("python train_")
+        assert row["command"].startswith(("python train_", "python -m methods."))
 
 
 def test_rows_are_those_of_the_runs(reproduced):
@@ -172,17 +172,40 @@ def test_rows_are_those_of_the_runs(reproduced):
     assert int(distilled["tokens"]) == 4 * 2 * 32
 
 
+def test_rows_say_what_runs_were_made_from(reproduced):
+    """The first digits of the hashes of data, tokenizer and teacher, and what the run cost."""
+    for name, arm in (("headline", "distilled"), ("reasoning", "traces and KL")):
+        rows = common.read_rows(reproduced / "results" / name / "results.csv")
+        row = next(row for row in rows if row["arm"] == arm)
+        teacher = shlex.split(row["command"])
+        teacher = reproduced.parent.parent / teacher[teacher.index("--teacher") + 1]
+        assert row["teacher_sha256"] == file_hash(teacher / "model.safetensors")[:12]
+        assert row["tokenizer_sha256"] == file_hash(teacher / "tokenizer.json")[:12]
+        data = reproduced / "data" / {"headline": "train.bin"}.get(name, "reason_train.jsonl")
+        assert row["data_sha256"] == file_hash(data)[:12]
+        assert float(row["flops"]) > 1e6
+        plain = next(row for row in rows if row["arm"] in ("plain", "answers alone"))
+        assert plain["teacher_sha256"] == "" and len(plain["data_sha256"]) == 12
+    assert common.short_hashes({"teacher_sha256": ["a" * 64, "b" * 64]}) == {
+        "data_sha256": "",
+        "tokenizer_sha256": "",
+        "teacher_sha256": "a" * 12 + " " + "b" * 12,
+    }
+
+
 def test_what_a_cache_costs_and_loses(reproduced):
     rows = {r["arm"]: r for r in common.read_rows(reproduced / "results" / "cache" / "results.csv")}
     assert {arm: float(row["bytes_per_token"]) for arm, row in rows.items()} == {
         "hidden": 128,
-        "top 4": 18,
+        "topk 4": 18,
+        "tail 4": 18,
         "sample 4": 18,
     }
     error = {arm: float(row["gradient_error"]) for arm, row in rows.items()}
     bias = {arm: float(row["gradient_bias"]) for arm, row in rows.items()}
     assert error["hidden"] == bias["hidden"] < 0.01
-    assert error["top 4"] == bias["top 4"] > 0.01  # no chance in it: all of its error is bias
+    for arm in ("topk 4", "tail 4"):  # no chance in it: all of its error is bias
+        assert error[arm] == bias[arm] > 0.01
     assert 0.01 < bias["sample 4"] < 0.8 * error["sample 4"]  # four draws: about a half
 
 
@@ -233,6 +256,16 @@ def test_a_folder_with_other_flags_is_not_taken_for_done(reproduced):
     assert job.is_done()
     with pytest.raises(ValueError, match="--weight_decay 0.1"):
         other.is_done()
+
+
+def test_a_cache_is_its_own_record(reproduced, monkeypatch):
+    monkeypatch.chdir(reproduced.parent.parent)
+    job = cache.cache_job(TINY, common.pretrained(TINY, "nano", 0), "topk", 4)
+    assert job.is_done() and job.record_path == Path(job.out)
+    for flag, value in (("k", 8), ("seq_len", 64)):
+        other = dataclasses.replace(job, flags=tuple({**dict(job.flags), flag: value}.items()))
+        with pytest.raises(ValueError, match=f"--{flag} {dict(job.flags)[flag]}, .* needs {value}"):
+            other.is_done()
 
 
 def test_jobs_run_once_and_after_what_they_need():
@@ -352,9 +385,10 @@ def test_the_curves_say_when_the_plain_student_is_passed(tmp_path, distilled, ga
     """Where the drawn line crosses, not at the next point: with three points that is far away."""
     arms = {"teacher": (4.3, 3.9, 3.5), "plain": (5.0, 4.5, 4.0), "distilled": distilled}
     for arm, losses in arms.items():
-        for tokens, loss in zip((100, 200, 300), losses, strict=True):
-            row = {"experiment": "curves", "arm": arm, "seed": 0, "tokens": tokens}
-            common.append_row(tmp_path / "curves" / "results.csv", {**row, "val_loss": loss})
+        row = {"experiment": "curves", "arm": arm, "seed": 0}
+        points = zip((100, 200, 300), losses, strict=True)
+        rows = [{**row, "tokens": tokens, "val_loss": loss} for tokens, loss in points]
+        common.append_rows(tmp_path / "curves" / "results.csv", rows)
     figure = plots.plt.figure()
     plots.draw_curves(tmp_path, figure)
     title = figure.axes[0].get_title(loc="left")
@@ -365,12 +399,14 @@ def test_the_curves_say_when_the_plain_student_is_passed(tmp_path, distilled, ga
 
 def test_csv_rows_keep_their_columns(tmp_path):
     path = tmp_path / "x" / "results.csv"
-    common.append_row(path, {"experiment": "e", "arm": "a", "seed": 0, "extra": 0.1234567891})
-    common.append_row(path, {"experiment": "e", "arm": "b", "seed": 0, "unknown": 1})
+    row = {"experiment": "e", "arm": "a", "seed": 0, "extra": 0.1234567891}
+    common.append_rows(path, [row, row])
+    common.append_rows(path, [{"experiment": "e", "arm": "b", "seed": 0, "unknown": 1}])
+    common.append_rows(path, [{**row, "extra": 2.0}])  # another sweep has written it
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["arm"] for row in rows] == ["a", "b"]
-    assert rows[0]["extra"] == "0.123457" and rows[1]["extra"] == ""
+    assert [row["arm"] for row in rows] == ["a", "a", "b"]
+    assert rows[0]["extra"] == rows[1]["extra"] == "0.123457" and rows[2]["extra"] == ""
 
 
 def test_a_worker_that_is_done_holds_no_folder(monkeypatch, tmp_path):
@@ -378,7 +414,7 @@ def test_a_worker_that_is_done_holds_no_folder(monkeypatch, tmp_path):
     for error in (None, Finished("done"), ValueError("broken")):
 
         def main(args, error=error):
-            hold(tmp_path / "run")
+            lock(tmp_path / "run")
             if error:
                 raise error
 
@@ -386,4 +422,4 @@ def test_a_worker_that_is_done_holds_no_folder(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "train_nothing", script)
         with pytest.raises(ValueError) if isinstance(error, ValueError) else nullcontext():
             jobs.execute(jobs.Job("train_nothing", str(tmp_path / "run"), ()))
-        assert files.held == []
+        assert not locks.held

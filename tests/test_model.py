@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, ModelConfig, Transformer, save_model, transformer
+from model import PRESETS, ModelConfig, Record, Transformer, save_model, transformer
 from model.transformer import (
     Attention,
     RMSNorm,
     SwiGLU,
     apply_rotary,
     attend,
-    causal_attention,
+    attention_by_formula,
     rotary_tables,
 )
 
@@ -257,24 +257,6 @@ def test_right_padding_does_not_reach_a_logit():
     torch.testing.assert_close(model(padded)[:, :7], model(torch.tensor(IDS)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_only_the_hidden_states_that_are_asked_for(layers):
-    """Same values and same gradients as all of them, of which some are chosen: here the trace, two
-    tokens of a row and four of another, in any order and one twice."""
-    torch.manual_seed(0)
-    model = Transformer(replace(ModelConfig.preset("nano", 50), num_hidden_layers=layers)).double()
-    ids = torch.randint(0, 50, (2, 9))
-    keep = torch.tensor([7, 8, 17, 16, 15, 14, 14])
-    gradients = []
-    for hidden in (model.model(ids).flatten(0, 1)[keep], model.model(ids, keep=keep)):
-        assert hidden.shape == (7, model.config.hidden_size)
-        hidden.pow(3).sum().backward()
-        gradients.append([hidden.detach(), *(p.grad.clone() for p in model.model.parameters())])
-        model.zero_grad()
-    for whole, chosen in zip(*gradients, strict=True):
-        torch.testing.assert_close(chosen, whole, rtol=1e-9, atol=1e-9)
-
-
 def test_positions_count_from_anywhere():
     """Rotary attention knows distances only: shifting all positions changes nothing."""
     model = random_model(TINY)
@@ -283,6 +265,111 @@ def test_positions_count_from_anywhere():
     torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)
     stretched = model(ids, 2 * positions)
     assert (stretched - shifted).abs().max() > 1e-2
+
+
+# What a forward pass leaves behind on request.
+
+
+def last_tokens_mask(S, keys):
+    """(1, 1, S, keys): causal, and nobody looks at the first token but itself."""
+    mask = torch.ones(S, keys, dtype=torch.bool).tril(keys - S)
+    mask[1:, 0] = False
+    return mask[None, None]
+
+
+def slow_maps(query, key, mask):
+    """softmax(q k / sqrt(d)) of one layer: (B, H, S, d) and (B, K, S, d) -> (B, H, S, S)."""
+    maps = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    for b, h, s in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
+        shared = key[b, h * key.shape[1] // query.shape[1]].double()
+        scores = shared @ query[b, h, s].double() / math.sqrt(query.shape[-1])
+        seen = [t for t in range(key.shape[2]) if mask[0, 0, s, t]]
+        maps[b, h, s, seen] = torch.tensor(slow_softmax(scores[seen].tolist()), dtype=maps.dtype)
+    return maps
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_recorded_attention_is_the_softmax_of_the_recorded_scores(name, masked):
+    """And mixing the recorded values by it is what scaled_dot_product_attention gives."""
+    config = VARIANTS[name]
+    model, record, ids = random_model(config), Record(), torch.tensor(IDS)
+    mask = last_tokens_mask(7, 7) if masked else None
+    model(ids, mask=mask, record=record)
+    L, H, K, d = 2, 4, config.num_key_value_heads, 6
+    for name in ("attention", "queries", "keys", "values"):
+        assert len(getattr(record, name)) == L
+    for layer in range(L):
+        query, key = record.queries[layer], record.keys[layer]
+        maps, value = record.attention[layer], record.values[layer]
+        assert query.shape == (2, H, 7, d) and key.shape == value.shape == (2, K, 7, d)
+        causal = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+        assert_close(maps, slow_maps(query, key, causal if mask is None else mask), 1e-5)
+        mixed = maps @ value.repeat_interleave(H // K, dim=1)
+        kernel = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        torch.testing.assert_close(mixed, kernel, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_recorded_hidden_states_lead_from_the_embedding_to_the_logits():
+    model, record = random_model(TINY), Record("hidden")
+    logits = model(torch.tensor(IDS), record=record)
+    assert [tuple(x.shape) for x in record.hidden] == [(2, 7, 12)] * 3  # L + 1
+    assert torch.equal(record.hidden[0], model.model.embed_tokens(torch.tensor(IDS)))
+    rotary = rotary_tables(torch.arange(7)[None], 6, TINY.rope_theta)
+    for layer, before, after in zip(
+        model.model.layers, record.hidden, record.hidden[1:], strict=False
+    ):
+        assert torch.equal(layer(before, rotary), after)
+    assert torch.equal(model.lm_head(model.model.norm(record.hidden[-1])), logits)
+    assert record.logits is logits
+    assert record.attention == record.queries == record.keys == record.values == []
+
+
+@pytest.mark.parametrize("wanted", [(), ("attention",), ("hidden", "values")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_record_changes_neither_logits_nor_gradients(name, wanted):
+    model, ids = random_model(VARIANTS[name]), torch.tensor(IDS)
+    record, found = Record(*wanted), []
+    for kept in (None, record):
+        logits = model(ids, record=kept)
+        loss = logits.logsumexp(-1).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        found.append((logits, *gradients))
+    for plain, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-5)
+    if "attention" in record.wanted:  # a method's loss on the maps reaches the weights
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        grad = torch.autograd.grad(record.attention[0].pow(2).sum(), weight)[0]
+        assert grad.abs().sum() > 0
+
+
+def test_an_empty_record_asks_for_all_and_an_unknown_name_is_refused():
+    assert Record().wanted == {"hidden", "attention", "queries", "keys", "values"}
+    assert Record("keys", "hidden").wanted == {"keys", "hidden"}
+    with pytest.raises(ValueError, match="no record of 'attentions': use hidden, attention,"):
+        Record("hidden", "attentions")
+
+
+@pytest.mark.parametrize("wanted, written_out", [(("hidden", "keys"), 0), (("attention",), 2)])
+def test_the_kernel_is_used_unless_attention_is_asked_for(monkeypatch, wanted, written_out):
+    calls = {"formula": 0, "kernel": 0}
+
+    def count(name, function):
+        def counted(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return counted
+
+    formula = count("formula", attention_by_formula)
+    monkeypatch.setattr(transformer, "attention_by_formula", formula)
+    monkeypatch.setattr(transformer, "attend", count("kernel", attend))
+    random_model(TINY)(torch.tensor(IDS), record=Record(*wanted))
+    assert calls == {"formula": written_out, "kernel": 2 - written_out}
 
 
 # Names, sizes, first weights.
@@ -475,15 +562,19 @@ def test_attention_learns_in_float32_under_bfloat16():
         assert torch.equal(ours, theirs.bfloat16())
 
 
+def mixed_by_formula(*inputs):
+    return attention_by_formula(*inputs)[1]
+
+
 @pytest.mark.parametrize("K", [1, 2, 6])
-@pytest.mark.parametrize("form", [attend, causal_attention])
+@pytest.mark.parametrize("form", [attend, mixed_by_formula])
 def test_shared_key_value_heads(form, K):
     """As if every key-value head were copied for its H / K queries: value and gradients."""
     query = torch.randn(2, 6, 9, 8, requires_grad=True)
     key, value = (torch.randn(2, K, 9, 8, requires_grad=True) for _ in range(2))
     copies = [x.repeat_interleave(6 // K, dim=1) for x in (key, value)]
     expected = F.scaled_dot_product_attention(query, *copies, is_causal=True)
-    found = form(query, key, value, *[None] * (form is attend))
+    found = form(query, key, value, None)
     torch.testing.assert_close(found, expected)
     upstream, inputs = torch.randn(2, 6, 9, 8), (query, key, value)
     for ours, theirs in zip(
@@ -499,12 +590,12 @@ def test_compiled_training_in_bfloat16_takes_the_faster_attention(monkeypatch, S
     """The formula for short sequences, the kernel for long ones; the loss is that of float32."""
     calls = []
 
-    def spy(query, key, value):
+    def spy(query, key, value, mask):
         calls.append(query.shape)
-        return causal_attention(query, key, value)
+        return attention_by_formula(query, key, value, mask)
 
     monkeypatch.setattr(transformer, "SHORT", 16)
-    monkeypatch.setattr(transformer, "causal_attention", spy)
+    monkeypatch.setattr(transformer, "attention_by_formula", spy)
     model = Transformer(ModelConfig.preset("nano", 64))
     ids = torch.randint(64, (2, S))
     exact = model(ids).logsumexp(-1).mean()

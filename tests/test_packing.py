@@ -18,7 +18,7 @@ def make_folder(folder, documents, vocab_size=60000):
     meta = {"vocab_size": vocab_size, "tokenizer_sha256": "none"}
     for split in ("train", "val"):
         meta[split] = write_stream(folder / f"{split}.bin", documents, vocab_size, END)
-        meta[split]["bytes"] = 3 * meta[split]["tokens"]
+        meta[split] |= {"bytes": 3 * meta[split]["tokens"], "sha256": f"of {split}"}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -41,7 +41,7 @@ def test_stream_is_the_documents_each_ended(tmp_path):
 def test_large_vocabularies_are_stored_wide_enough(tmp_path, vocab_size, dtype):
     ids = [vocab_size - 1, 1, vocab_size - 1, 2]
     data = PackedText(make_folder(tmp_path / "data", [ids], vocab_size), "train", 2)
-    assert data.meta["train"]["dtype"] == dtype and data.stream.dtype == np.dtype(dtype)
+    assert data.stream.dtype == np.dtype(dtype)
     inputs, labels = data.take(np.array([0, 1]))
     assert inputs.tolist() == [ids[:2], ids[2:]]
     assert labels.tolist() == [ids[1:3], [2, END]]
@@ -123,8 +123,8 @@ def test_evaluation_set_is_fixed_and_spread(tmp_path, most, batch_size):
     folder = counting(tmp_path, 500)
     data, other = PackedText(folder, "val", 10), PackedText(folder, "val", 10)
     other.batch(3, 4, seed=9)  # training with any seed must not move it
-    rows = [r for x, _ in data.evaluation_batches(batch_size, most) for r in x.tolist()]
-    assert rows == [r for x, _ in other.evaluation_batches(batch_size, most) for r in x.tolist()]
+    rows = [r for x, _ in data.evaluation(batch_size, most) for r in x.tolist()]
+    assert rows == [r for x, _ in other.evaluation(batch_size, most) for r in x.tolist()]
     firsts = [row[0] for row in rows]
     assert len(set(firsts)) == len(firsts) == min(most, 49)
     assert firsts == sorted(firsts)
@@ -132,13 +132,22 @@ def test_evaluation_set_is_fixed_and_spread(tmp_path, most, batch_size):
         assert firsts[0] == 1 and firsts[-1] == 48 * 10 + 1
         gaps = np.diff(firsts) // 10
         assert gaps.max() - gaps.min() <= 1
-    for inputs, labels in data.evaluation_batches(batch_size, most):
+    for inputs, labels in data.evaluation(batch_size, most):
         assert len(inputs) <= batch_size and torch.equal(inputs[:, 1:], labels[:, :-1])
 
 
-def test_bytes_per_token_and_vocabulary_come_from_meta(tmp_path):
+def test_what_is_known_of_a_text_comes_from_meta(tmp_path):
     data = PackedText(counting(tmp_path, 100), "val", 10)
     assert data.bytes_per_token == 3.0 and data.vocab_size == 60000
+    assert (data.sha256, data.tokenizer_sha256) == ("of val", "none")
+    assert data.tokenizer_folder == data.folder == tmp_path / "data"
+
+
+def test_the_training_split_has_the_other_as_held_out(tmp_path):
+    """The whole of it, whatever share is trained on."""
+    train = PackedText(counting(tmp_path, 100), "train", 10, share=0.5)
+    assert (train.size, train.held_out.size) == (4, 9)
+    assert train.held_out.sha256 == "of val" and train.held_out.held_out is None
 
 
 def test_folder_that_was_not_prepared_is_refused(tmp_path):

@@ -14,7 +14,8 @@ from dataset import prepare
 from dataset.chat import ChatData, held_out
 from dataset.packing import PackedText
 from dataset.problems import check_response
-from dataset.tokenizer import decode, load_tokenizer, tokenizer_hash
+from dataset.tokenizer import decode, load_tokenizer
+from files import tokenizer_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -219,8 +220,8 @@ def test_training_can_hold_out_some_of_the_users_own_traces(tmp_path, texts):
     # What train_distill_reason.py does next: both splits of reason_train.jsonl.
     path = write_lines(tmp_path / "own.jsonl", [r1_line(i) for i in range(400)])
     out = run_prepare(tmp_path / "out", text=texts, reason=path)
-    tokenizer, path = load_tokenizer(out), out / "reason_train.jsonl"
-    sizes = [ChatData(path, tokenizer, split, 256).size for split in ("train", "val")]
+    path = out / "reason_train.jsonl"
+    sizes = [ChatData(path, out, split, 256).size for split in ("train", "val")]
     assert sum(sizes) == len(read_lines(path))
     assert 5 <= sizes[1] <= 40  # a twentieth of about 360
 

@@ -14,18 +14,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset.cache_file import HEADER_BYTES, read_header
+import train_distill_reason
+import train_distillation
+import train_pretrain
 from dataset.chat import check_conversation, encode_conversation
 from dataset.problems import check_response, make_problem
 from dataset.sources import parse_line
+from dataset.teacher_cache import HEADER_BYTES, read_header
 from dataset.tokenizer import TAGS, decode, load_tokenizer, special_id
-from distill import (
-    HiddenTeacher,
-    fused_mixed_loss,
-    mixed_loss,
-    reasoning_weights,
-    weighted_cross_entropy,
-)
+from distill import fused_loss, reasoning_weights, weighted_cross_entropy
+from distill.fused import chunk_loss
+from distill.sparse import sample, top_k
+from methods import cached_teacher
 from model import ModelConfig
 
 SETTINGS = settings(
@@ -69,67 +69,114 @@ def log_softmax(values: list[float]) -> list[float]:
 
 
 def slow_loss(student, teacher, labels, weights, temperature, alpha) -> float:
-    """alpha * CE + (1 - alpha) * T^2 * KL, a number at a time."""
-    sums = {"ce": 0.0, "ce weight": 0.0, "kl": 0.0, "kl weight": 0.0}
-    for place in np.ndindex(labels.shape):
-        weight = float(weights[place])
+    """alpha * CE + (1 - alpha) * T^2 * KL, a number at a time; -100 counts 0."""
+    loss = total = 0.0
+    for index in np.ndindex(labels.shape):
+        weight = float(weights[index]) if labels[index] != -100 else 0.0
         if weight == 0:
             continue
-        if labels[place] != -100:
-            sums["ce"] -= weight * log_softmax(student[place].tolist())[labels[place]]
-            sums["ce weight"] += weight
-        p = log_softmax((teacher[place] / temperature).tolist())
-        q = log_softmax((student[place] / temperature).tolist())
-        terms = [math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if math.exp(a) > 0]
-        sums["kl"] += weight * temperature**2 * sum(terms)
-        sums["kl weight"] += weight
-    ce = sums["ce"] / (sums["ce weight"] or 1.0)
-    kl = sums["kl"] / (sums["kl weight"] or 1.0)
-    return (alpha * ce if alpha else 0.0) + ((1 - alpha) * kl if alpha < 1 else 0.0)
+        total += weight
+        if alpha > 0:
+            loss -= weight * alpha * log_softmax(student[index].tolist())[labels[index]]
+        if alpha < 1:
+            p = log_softmax((teacher[index] / temperature).tolist())
+            q = log_softmax((student[index] / temperature).tolist())
+            terms = [math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if math.exp(a) > 0]
+            loss += weight * (1 - alpha) * temperature**2 * sum(terms)
+    return loss / (total or 1.0)
+
+
+def tolerance_of(dtype, student, teacher, temperature):
+    if dtype == torch.float64:
+        return {"rel": 1e-9, "abs": 1e-9}
+    # float32: logits are rounded to 1 part in 10^7 before anything else
+    sizes = [np.abs(x[np.isfinite(x)]).max(initial=1.0) for x in (student, teacher)]
+    return {"rel": 1e-4, "abs": 1e-5 * max(sizes) * max(temperature, 1.0)}
 
 
 @SETTINGS
 @given(batches(), st.sampled_from([torch.float32, torch.float64]))
 def test_losses_of_extreme_logits(batch, dtype):
-    """Plain and fused equal plain Python, and every gradient is finite."""
+    """Lesson 3 (lesson 2 where weights are 1; lesson 1 at alpha 1) and the fused loss equal plain
+    Python and each other's gradient, which is finite."""
     student, teacher, labels, weights, temperature, alpha = batch
-    expected = slow_loss(*batch)
-    tolerance = {"rel": 1e-9, "abs": 1e-9}
-    if dtype == torch.float32:  # logits are rounded to 1 part in 10^7 before anything else
-        size = max(1.0, *np.abs(np.where(np.isfinite(student), student, 0)).ravel())
-        size = max(size, *np.abs(np.where(np.isfinite(teacher), teacher, 0)).ravel())
-        tolerance = {"rel": 1e-4, "abs": 1e-5 * size * max(temperature, 1.0)}
-    logits = torch.tensor(student, dtype=dtype, requires_grad=True)
-    others = torch.tensor(teacher, dtype=dtype)
-    rest = (torch.tensor(labels), torch.tensor(weights, dtype=dtype), temperature, alpha)
-    plain = mixed_loss(logits, others, *rest)
-    plain.backward()
-    assert logits.grad.isfinite().all()
-    # A hidden state for each token that is its logits, and a head that is the identity.
-    V = student.shape[-1]
+    weights = np.where(labels == -100, 0.0, weights)
+    V, tolerance = student.shape[-1], tolerance_of(dtype, student, teacher, temperature)
+    logits = torch.tensor(student, dtype=dtype).view(-1, V).requires_grad_()
+    others = torch.tensor(teacher, dtype=dtype).view(-1, V)
+    flat, share = torch.tensor(labels).flatten(), torch.tensor(weights, dtype=dtype).flatten()
+    lesson3 = train_distill_reason.compute_loss(logits, others, flat, share, temperature, alpha)[0]
+    grad = torch.autograd.grad(lesson3, logits)[0]
+    assert grad.isfinite().all()
+    assert lesson3.item() == pytest.approx(slow_loss(*batch), **tolerance)
+    # Lessons 1 and 2 have no weights.
+    expected = slow_loss(student, teacher, labels, np.ones_like(weights), temperature, alpha)
+    lesson2 = train_distillation.compute_loss(logits, others, flat, temperature, alpha)[0]
+    assert torch.autograd.grad(lesson2, logits)[0].isfinite().all()
+    assert lesson2.item() == pytest.approx(expected, **tolerance)
+    if alpha == 1:
+        lesson1 = train_pretrain.compute_loss(logits, flat)[0]
+        assert lesson1.item() == pytest.approx(expected, **tolerance)
+    # The fused loss: what it does with the logits of a chunk, and whole, with a hidden state for
+    # each token that is its logits and a head that is the identity.
+    chunk = chunk_loss(
+        logits.detach(), others, flat, share / (share.sum() or 1.0), temperature, alpha
+    )
+    assert chunk[0].item() == pytest.approx(lesson3.item(), **tolerance)
+    torch.testing.assert_close(chunk[3], grad, rtol=1e-4, atol=1e-5)
     if np.isfinite(student).all() and np.isfinite(teacher).all():
-        hidden = torch.tensor(student, dtype=dtype, requires_grad=True)
-        says = HiddenTeacher(others, torch.eye(V, dtype=dtype))
-        fused = fused_mixed_loss(hidden, torch.eye(V, dtype=dtype), says, *rest, chunk=2)
-        fused.backward()
-        torch.testing.assert_close(hidden.grad, logits.grad, rtol=1e-4, atol=1e-5)
-        assert fused.item() == pytest.approx(plain.item(), **tolerance)
-    assert plain.item() == pytest.approx(expected, **tolerance)
+        eye = torch.eye(V, dtype=dtype)
+        fused, _ = fused_loss(logits, eye, (others, eye), flat, temperature, alpha, share, chunk=2)
+        torch.testing.assert_close(
+            torch.autograd.grad(fused, logits)[0], grad, rtol=1e-4, atol=1e-5
+        )
+        assert fused.item() == pytest.approx(lesson3.item(), **tolerance)
 
 
 @SETTINGS
-@given(batches())
-def test_a_fused_loss_takes_teacher_logits_of_minus_infinity(batch):
-    student, teacher, labels, weights, temperature, alpha = batch
-    student = np.where(np.isfinite(student), student, -1e3)  # no head gives a student -inf
-    V = student.shape[-1]
-    hidden = torch.tensor(student, requires_grad=True)
-    rest = (torch.tensor(labels), torch.tensor(weights), temperature, alpha)
-    fused = fused_mixed_loss(hidden, torch.eye(V).double(), torch.tensor(teacher), *rest)
-    fused.backward()
-    assert hidden.grad.isfinite().all()
-    expected = slow_loss(student, teacher, labels, weights, temperature, alpha)
-    assert fused.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+@given(batches(), st.integers(1, 3))
+def test_a_batch_cut_into_pieces_is_the_same_loss(batch, size):
+    """Weighted by the sums of their weights, as run.step is told."""
+    student, teacher, labels, weights, temperature, alpha = (
+        torch.tensor(x) if isinstance(x, np.ndarray) else x for x in batch
+    )
+    weights = torch.where(labels == -100, 0.0, weights)
+    rows = [x.flatten(0, 1) for x in (student, teacher, labels, weights)]
+
+    def loss(piece):
+        *tensors, share = piece
+        value = train_distill_reason.compute_loss(*tensors, share, temperature, alpha)[0]
+        return float(value), float(share.sum())
+
+    pieces = [loss(piece) for piece in zip(*(x.split(size) for x in rows), strict=True)]
+    whole, total = loss(rows)
+    found = sum(value * share for value, share in pieces) / (total or 1.0)
+    assert found == pytest.approx(whole, rel=1e-9, abs=1e-9)
+
+
+@SETTINGS
+@given(batches(), st.sampled_from(["topk", "tail", "sample"]))
+def test_every_token_kept_is_the_whole_teacher(batch, method):
+    """k = V: what a cache file would hold, in float64, gives lesson 2."""
+    student, teacher, labels, _, temperature, alpha = batch
+    B, S, V = student.shape
+    logits, others = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+    log_probs = (others / temperature).log_softmax(-1).view(-1, V)
+    ids, kept, rest = top_k(log_probs, V)
+    if method == "sample":
+        ids, kept, rest = sample(log_probs, V, torch.Generator().manual_seed(0))
+    fields = [x.view(B, S, *x.shape[1:]) for x in (ids, kept, rest)]
+    cached, _ = cached_teacher.compute_loss(
+        logits, torch.tensor(labels), method, fields, temperature, alpha
+    )
+    whole, _ = train_distillation.compute_loss(
+        logits, others, torch.tensor(labels), temperature, alpha
+    )
+    near = {"rtol": 1e-6, "atol": 1e-6 * max(1.0, temperature**2)}
+    if method == "tail":  # the student's tail is at least 1e-6
+        near = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, temperature**2)}
+    torch.testing.assert_close(cached, whole, **near)
+    assert torch.autograd.grad(cached, logits)[0].isfinite().all()
 
 
 @SETTINGS

@@ -1,170 +1,116 @@
-"""The three scripts and the trace writer, run for a few steps on tiny data: they learn, they
-resume to the same bits, and they refuse what cannot work with one sentence and exit code 2."""
+"""The scripts, run for a few steps on tiny data: they learn, they log what they compute, every flag
+does what it says, and they refuse what cannot work with one sentence and exit code 2.
+(tests/robustness/test_resume.py stops and resumes them.)"""
 
-import csv
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import run.training
 import train_distill_reason
 import train_distillation
 import train_pretrain
-from dataset import cache_teacher, make_traces
+from dataset import make_traces
 from dataset.packing import PackedText
-from distill.fused import compiled_loss_and_gradient
-from model import generate, load_model
-from run.files import Finished, read_json
+from distill.fused import compiled_chunk_loss
+from files import Finished, file_hash, read_json
+from methods import cached_teacher
+from model import generate, load_model, make_or_load
+from tests.short_runs import ALL, SMALL, argv_of, cached, logged, make_teacher, same_bits, weights
+from tests.short_runs import run as run_script
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "12", "--batch_size", "4", "--seq_len", "32", "--eval_every", "4"]
-SMALL += ["--warmup", "2", "--device", "cpu"]
-
-
-def run(script, *words):
-    return script.main(script.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
 def teacher(prepared_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "teacher"
-    run(train_pretrain, "--model", "nano", "--data", prepared_folder, "--out", out, *SMALL)
-    return out
-
-
-def cached(teacher, data, method="hidden"):
-    """The teacher's cache of `data`, made once."""
-    path = teacher.parent / f"{teacher.name}-{method}.cache"
-    if not path.exists():
-        flags = ["--teacher", teacher, "--data", data, "--seq_len", "32", "--method", method]
-        run(cache_teacher, *flags, "--k", "8", "--out", path)
-    return path
-
-
-def argv_of(name, prepared_folder, teacher) -> list:
-    """The flags of a short run of each script, without --out."""
-    traces = prepared_folder / "reason_train.jsonl"
-    chat = [*SMALL, "--seq_len", "256"]
-    return {
-        "pretrain": [train_pretrain, "--model", "nano", "--data", prepared_folder, *SMALL],
-        "distill": [train_distillation, "--teacher", teacher, "--data", prepared_folder, *SMALL],
-        "cached": [
-            *(train_distillation, "--teacher", teacher, "--data", prepared_folder, *SMALL),
-            *("--teacher_cache", cached(teacher, prepared_folder)),
-        ],
-        "chat": [train_distillation, "--teacher", teacher, "--data", traces, *chat],
-        "reason": [train_distill_reason, "--student", teacher, "--data", traces, *chat],
-        "reason_kl": [
-            *(train_distill_reason, "--student", "nano", "--tokenizer", prepared_folder),
-            *("--data", traces, "--teacher", teacher, *chat),
-        ],
-    }[name]
-
-
-ALL = ("pretrain", "distill", "cached", "chat", "reason", "reason_kl")
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
-
-
-def same_bits(first, second) -> bool:
-    one, two = weights(first), weights(second)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def logged(folder, *columns) -> list[tuple]:
-    with open(Path(folder) / "log.csv", newline="", encoding="utf-8") as file:
-        return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
-
-
-class Killed(Exception):
-    """Stands for a kill: nothing of the script's own code runs after it."""
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_killed_run_resumes_to_the_same_bits(
-    name, prepared_folder, teacher, tmp_path, monkeypatch
-):
-    script, *flags = argv_of(name, prepared_folder, teacher)
-    record = run(script, *flags, "--out", tmp_path / "whole")
-    assert record["metrics"]["val_loss"] < 6.5
-    assert not (tmp_path / "whole" / "resume").exists()
-
-    update = script.Optimizer.update
-
-    def update_and_die(self, number):
-        if number == 9:  # the last saved state is of step 8
-            raise Killed
-        return update(self, number)
-
-    monkeypatch.setattr(script.Optimizer, "update", update_and_die)
-    with pytest.raises(Killed):
-        run(script, *flags, "--out", tmp_path / "killed")
-    monkeypatch.undo()
-    assert not (tmp_path / "killed" / "run.json").exists()
-    run(script, *flags, "--out", tmp_path / "killed", "--resume")
-    assert same_bits(tmp_path / "whole", tmp_path / "killed")
-    assert same_bits(tmp_path / "whole" / "best", tmp_path / "killed" / "best")
-    columns = ("step", "tokens", "train_loss", "val_loss")
-    assert logged(tmp_path / "whole", *columns) == logged(tmp_path / "killed", *columns)
+    return make_teacher(tmp_path_factory.mktemp("runs"), prepared_folder)
 
 
 def test_training_lowers_the_loss(prepared_folder, tmp_path):
     words = ["--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL]
-    run(train_pretrain, *words, "--steps", "60", "--eval_every", "5")
+    run_script(train_pretrain, *words, "--steps", "40", "--eval_every", "10")
     losses = [float(value) for (value,) in logged(tmp_path / "run", "val_loss") if value]
     assert losses[-1] < losses[0] - 1.0
 
 
-@pytest.mark.parametrize("name", ["distill", "chat", "reason_kl"])
+@pytest.mark.parametrize("name", ["distill", "distill_chat", "distill_fused", "reason_kl"])
 def test_accumulation_gives_the_same_student(name, prepared_folder, teacher, tmp_path):
     script, *flags = argv_of(name, prepared_folder, teacher)
     for parts in (1, 4):
         words = ["--steps", 3, "--accumulation_steps", parts, "--optimizer", "adamw"]
-        run(script, *flags, *words, "--out", tmp_path / str(parts))
+        run_script(script, *flags, *words, "--out", tmp_path / str(parts))
     one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
     assert all(torch.allclose(one[key], four[key], atol=2e-4) for key in one)
 
 
 def test_the_log_has_the_whole_batch_s_loss(prepared_folder, tmp_path):
     """The first logged loss is the cross-entropy of a fresh model on the first batch."""
-    run(
+    run_script(
         train_pretrain,
         *("--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL),
     )
     torch.manual_seed(0)
     text = PackedText(prepared_folder, "train", 32)
-    model = train_pretrain.make_or_load("nano", text.vocab_size)
+    model = make_or_load("nano", text.vocab_size)
     input_ids, labels = text.batch(0, 4, 0)
     expected = torch.nn.functional.cross_entropy(model(input_ids).flatten(0, 1), labels.flatten())
     first = float(logged(tmp_path / "run", "train_loss")[0][0])
     assert first == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_alpha_one_is_plain_training_without_a_teacher(prepared_folder, tmp_path):
-    flags = ["--data", prepared_folder, *SMALL]
-    run(train_pretrain, "--model", "nano", "--out", tmp_path / "plain", *flags)
+@pytest.mark.parametrize("name", ALL)
+def test_the_log_has_the_loss_and_its_parts(name, prepared_folder, teacher, tmp_path):
+    """train_loss = alpha * ce + (1 - alpha) * T^2 * kl, and what the run has cost."""
+    script, *flags = argv_of(name, prepared_folder, teacher)
+    alpha, temperature = (1.0, 1.0) if name in ("pretrain", "pretrain_chat", "reason") else (0.3, 2)
+    if alpha < 1 and name != "cached":
+        flags += ["--alpha", alpha, "--temperature", temperature]
+    elif name == "cached":
+        alpha, temperature = 0.5, 1
+    run_script(script, *flags, "--steps", 2, "--out", tmp_path / "run")
+    columns = ["step", "tokens", "flops", "seconds", "train_loss", "learning_rate", "ce"]
+    columns += ["kl"] if alpha < 1 else []
+    header = (tmp_path / "run" / "log.csv").read_text().splitlines()[0].split(",")
+    assert header == [*columns, "val_loss"]
+    for row in logged(tmp_path / "run", *columns[4:]):
+        loss, _, ce, *kl = map(float, row)
+        expected = alpha * ce + (1 - alpha) * temperature**2 * (kl[0] if kl else 0)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    costs = [tuple(map(float, row)) for row in logged(tmp_path / "run", *columns[1:4])]
+    assert all(low < high for low, high in zip(costs[0], costs[1], strict=True))
+
+
+@pytest.mark.parametrize("fused", ["yes", "no"])
+def test_alpha_one_is_plain_training_without_a_teacher(fused, prepared_folder, tmp_path):
+    flags = ["--data", prepared_folder, *SMALL, "--fused", fused]
+    run_script(train_pretrain, "--model", "nano", "--out", tmp_path / "plain", *flags)
     words = ["--alpha", "1", "--teacher", tmp_path / "no such teacher"]
-    run(train_distillation, *words, "--out", tmp_path / "distilled", *flags)
-    for column in ("train_loss", "val_loss"):  # sums in another order: not the same bits
-        plain, distilled = (
-            [float(value or 0) for (value,) in logged(tmp_path / name, column)]
-            for name in ("plain", "distilled")
-        )
-        assert distilled == pytest.approx(plain, rel=1e-3)
+    run_script(train_distillation, *words, "--out", tmp_path / "distilled", *flags)
+    assert same_bits(tmp_path / "plain", tmp_path / "distilled")
+    assert logged(tmp_path / "plain") == logged(tmp_path / "distilled")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_chat", "distill", "reason_kl"])
+def test_fused_and_plain_train_the_same(name, prepared_folder, teacher, tmp_path, monkeypatch):
+    script, *flags = argv_of(name, prepared_folder, teacher)
+    for fused in ("no", "yes"):
+        words = ["--fused", fused, "--steps", 3, "--optimizer", "adamw"]
+        with monkeypatch.context() as patch:  # only one of the two may run
+            patch.delattr(script, "fused_loss" if fused == "no" else "compute_loss")
+            run_script(script, *flags, *words, "--out", tmp_path / fused)
+    plain, fused = weights(tmp_path / "no"), weights(tmp_path / "yes")
+    assert all(torch.allclose(plain[key], fused[key], atol=2e-4) for key in plain)
 
 
 def test_alpha_zero_never_reads_labels(prepared_folder, teacher, tmp_path, monkeypatch):
     """With every label replaced by another valid one, the student is the same."""
     flags = ["--teacher", teacher, "--data", prepared_folder, "--alpha", "0", *SMALL]
-    run(train_distillation, *flags, "--out", tmp_path / "true")
+    run_script(train_distillation, *flags, "--out", tmp_path / "true")
     batch = PackedText.batch
 
     def wrong_labels(self, *place):
@@ -172,26 +118,39 @@ def test_alpha_zero_never_reads_labels(prepared_folder, teacher, tmp_path, monke
         return input_ids, (labels + 17) % 300
 
     monkeypatch.setattr(PackedText, "batch", wrong_labels)
-    run(train_distillation, *flags, "--out", tmp_path / "wrong")
+    run_script(train_distillation, *flags, "--out", tmp_path / "wrong")
     assert same_bits(tmp_path / "true", tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("method", ["hidden", "full"])
-def test_cached_teacher_teaches_the_same(method, prepared_folder, teacher, tmp_path):
+@pytest.mark.parametrize(
+    "method, k, words", [("hidden", 1, ()), ("topk", 400, ()), ("topk", 400, ("--no_tail",))]
+)
+def test_cached_teacher_teaches_the_same(method, k, words, prepared_folder, teacher, tmp_path):
+    """Hidden states, or all of the vocabulary: what the live teacher says, but for float16."""
     flags = ["--teacher", teacher, "--data", prepared_folder, "--alpha", "0", *SMALL]
-    run(train_distillation, *flags, "--out", tmp_path / "live")
-    cache = cached(teacher, prepared_folder, method)
-    run(train_distillation, *flags, "--teacher_cache", cache, "--out", tmp_path / "cached")
+    run_script(train_distillation, *flags, "--out", tmp_path / "live")
+    flags += ["--teacher_cache", cached(teacher, prepared_folder, method, k), *words]
+    run_script(cached_teacher, *flags, "--out", tmp_path / "cached")
     live = [float(v) for (v,) in logged(tmp_path / "live", "train_loss")]
     from_cache = [float(v) for (v,) in logged(tmp_path / "cached", "train_loss")]
     assert from_cache == pytest.approx(live, abs=5e-3)
+
+
+def test_teacher_cache_says_where_it_moved(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_distillation.parse_args(["--teacher_cache", "file"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        "--teacher_cache has moved: python -m methods.cached_teacher --teacher_cache FILE" in said
+    )
 
 
 def test_best_weights_and_patience(prepared_folder, tmp_path):
     """At an absurd rate the loss rises again: the run stops early and best/ is not the last."""
     words = ["--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL]
     words += ["--learning_rate", "3", "--steps", "200", "--warmup", "40", "--patience", "3"]
-    record = run(train_pretrain, *words)
+    record = run_script(train_pretrain, *words)
     assert record["steps"] < 200
     assert record["steps"] == record["best_step"] + 3 * 4
     assert not same_bits(tmp_path / "run", tmp_path / "run" / "best")
@@ -202,8 +161,40 @@ def test_run_json_says_what_ran(teacher):
     assert record["args"]["model"] == "nano" and record["seed"] == 0
     assert record["tokens"] == 12 * 4 * 32
     assert record["parameters"] == load_model(teacher).num_parameters()
-    for key in ("argv", "git_commit", "git_dirty", "versions", "device", "seconds"):
+    for key in ("argv", "git_commit", "git_dirty", "versions", "device", "seconds", "flops"):
         assert key in record
+
+
+def test_run_json_says_what_it_was_made_from(prepared_folder, teacher, tmp_path):
+    """The hashes of data, tokenizer and teacher."""
+    script, *flags = argv_of("distill", prepared_folder, teacher)
+    record = run_script(script, *flags, "--steps", 1, "--out", tmp_path / "run")
+    assert record["sources"] == {
+        "data_sha256": file_hash(prepared_folder / "train.bin"),
+        "tokenizer_sha256": file_hash(teacher / "tokenizer.json"),
+        "teacher_sha256": [file_hash(teacher / "model.safetensors")],
+    }
+    script, *flags = argv_of("reason", prepared_folder, teacher)
+    record = run_script(script, *flags, "--steps", 1, "--out", tmp_path / "reason")
+    assert record["sources"] == {
+        "data_sha256": file_hash(prepared_folder / "reason_train.jsonl"),
+        "tokenizer_sha256": file_hash(teacher / "tokenizer.json"),
+    }
+
+
+def test_a_run_ends_when_its_flops_are_spent(prepared_folder, teacher, tmp_path):
+    """A teacher costs: of two runs of one budget the distilled one has fewer steps."""
+    steps = []
+    for name in ("pretrain", "distill"):
+        script, *flags = argv_of(name, prepared_folder, teacher)
+        flags = [flag for flag in flags if flag not in ("--steps", "12")]
+        record = run_script(script, *flags, "--flops", 2e9, "--out", tmp_path / name)
+        each = record["flops"] / record["steps"]
+        assert 2e9 <= record["flops"] < 2e9 + 1.01 * each
+        rates = [float(rate) for (rate,) in logged(tmp_path / name, "learning_rate")]
+        assert rates[-1] < 0.3 * max(rates)  # the schedule knows how much is left
+        steps.append(record["steps"])
+    assert 1.2 * steps[1] < steps[0] < 2 * steps[1]
 
 
 def test_every_step_of_a_student_can_be_sampled(teacher):
@@ -211,23 +202,33 @@ def test_every_step_of_a_student_can_be_sampled(teacher):
     assert len(generate(model, [[5, 6, 7]], 4, stop_ids=())[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["pretrain", "distill", "reason"])
-def test_compiled_runs(name, prepared_folder, teacher, tmp_path, monkeypatch):
-    """--compile reaches torch.compile for every model that the step runs, and for the loss."""
-    compiled = []
-    compiled_loss_and_gradient.cache_clear()
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+@pytest.mark.parametrize(
+    "name, models, losses",
+    [("pretrain", 1, 0), ("distill", 2, 0), ("distill_fused", 2, 1), ("reason", 1, 0)],
+)
+def test_compiled_runs(name, models, losses, prepared_folder, teacher, tmp_path, monkeypatch):
+    """--compile reaches every model that the step runs, and the fused loss; without it nothing."""
+    compiled = {"models": [], "losses": []}
+    compiled_chunk_loss.cache_clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled["models"].append(model))
+    monkeypatch.setattr(torch, "compile", lambda loss: compiled["losses"].append(loss) or loss)
     script, *flags = argv_of(name, prepared_folder, teacher)
-    run(script, *flags, "--compile", "--steps", 2, "--out", tmp_path / "run")
-    compiled_loss_and_gradient.cache_clear()
-    assert len(compiled) == (3 if name == "distill" else 2)
+    run_script(script, *flags, "--steps", 2, "--out", tmp_path / "plain")
+    assert compiled == {"models": [], "losses": []}
+    run_script(script, *flags, "--compile", "--steps", 2, "--out", tmp_path / "compiled")
+    compiled_chunk_loss.cache_clear()
+    assert (len(compiled["models"]), len(compiled["losses"])) == (models, losses)
+    assert same_bits(tmp_path / "plain", tmp_path / "compiled")  # nothing was really compiled
 
 
 @pytest.mark.parametrize("name", ["pretrain", "distill", "reason_kl"])
 def test_bfloat16_is_close_to_float32(name, prepared_folder, teacher, tmp_path):
+    """Emulated on most CPUs, and very slow there: one small step."""
     script, *flags = argv_of(name, prepared_folder, teacher)
+    flags += ["--steps", 1, "--batch_size", 1, "--final_eval", 1]
+    flags += ["--seq_len", 256 if name == "reason_kl" else 8]
     for dtype in ("float32", "bfloat16"):
-        run(script, *flags, "--dtype", dtype, "--out", tmp_path / dtype)
+        run_script(script, *flags, "--dtype", dtype, "--out", tmp_path / dtype)
     exact = [float(v) for (v,) in logged(tmp_path / "float32", "train_loss")]
     coarse = [float(v) for (v,) in logged(tmp_path / "bfloat16", "train_loss")]
     assert coarse == pytest.approx(exact, rel=0.02)
@@ -245,15 +246,15 @@ def test_the_last_evaluation_is_of_as_many_as_asked(
         seen.append(sum(len(input_ids) for input_ids, _ in batches))
         return {"val_loss": 1.0}
 
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    run(script, *words, "--final_eval", "2", "--out", tmp_path / "run")
+    monkeypatch.setattr(run.training, "evaluate", evaluate)
+    run_script(script, *words, "--final_eval", "2", "--out", tmp_path / "run")
     assert seen[-1] == 2 < seen[0]
 
 
 def test_answers_only_learns_no_trace(prepared_folder, teacher, tmp_path):
     _, *flags = argv_of("reason", prepared_folder, teacher)
-    run(train_distill_reason, *flags, "--out", tmp_path / "traces")
-    run(train_distill_reason, *flags, "--answers_only", "--out", tmp_path / "answers")
+    run_script(train_distill_reason, *flags, "--out", tmp_path / "traces")
+    run_script(train_distill_reason, *flags, "--answers_only", "--out", tmp_path / "answers")
     with_traces = read_json(tmp_path / "traces" / "run.json")["tokens"]
     alone = read_json(tmp_path / "answers" / "run.json")["tokens"]
     assert alone < 0.6 * with_traces
@@ -262,55 +263,10 @@ def test_answers_only_learns_no_trace(prepared_folder, teacher, tmp_path):
 # Traces.
 
 
-def test_traces_resume_and_keep(prepared_folder, teacher, tmp_path, monkeypatch):
-    flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
-    flags += ["--keep", "all", "--temperature", "1", "--samples", "2", "--device", "cpu"]
-    monkeypatch.setattr(make_traces, "CHUNK", 7)
-    run(make_traces, *flags, "--out", tmp_path / "whole.jsonl")
-    lines = (tmp_path / "whole.jsonl").read_text("utf-8").splitlines()
-    record = read_json(tmp_path / "whole.jsonl.finished.json")
-    assert len(lines) == record["kept"] <= record["written"] == 2 * record["problems"]
-    assert json.loads(lines[0])["conversations"][-1]["role"] == "assistant"
-
-    calls = []
-    write_json = make_traces.write_json
-
-    def die_at_third(path, value):
-        calls.append(path)
-        if len(calls) == 3:
-            raise Killed
-        write_json(path, value)
-
-    monkeypatch.setattr(make_traces, "write_json", die_at_third)
-    with pytest.raises(Killed):
-        run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
-    monkeypatch.setattr(make_traces, "write_json", write_json)
-    run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
-    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_traces_that_were_deleted_are_made_again(prepared_folder, teacher, tmp_path):
-    """And a file that is not what its record says, or has none, is left as it is."""
-    flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
-    flags += ["--keep", "all", "--device", "cpu", "--out", tmp_path / "x.jsonl"]
-    run(make_traces, *flags)
-    made = (tmp_path / "x.jsonl").read_bytes()
-    (tmp_path / "x.jsonl").unlink()
-    run(make_traces, *flags)
-    assert (tmp_path / "x.jsonl").read_bytes() == made
-    (tmp_path / "x.jsonl").write_bytes(made[:-5])
-    with pytest.raises(ValueError, match=f"has {len(made) - 5:,} bytes, its record says"):
-        run(make_traces, *flags)
-    (tmp_path / "x.jsonl.progress.json").unlink()
-    with pytest.raises(ValueError, match="is not a trace file to go on with"):
-        run(make_traces, *flags)
-    assert (tmp_path / "x.jsonl").read_bytes() == made[:-5]
-
-
 def test_an_untrained_teacher_s_traces_do_not_pass(prepared_folder, teacher, tmp_path):
     flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
     with pytest.raises(ValueError, match="no trace"):
-        run(make_traces, *flags, "--out", tmp_path / "none.jsonl", "--device", "cpu")
+        run_script(make_traces, *flags, "--out", tmp_path / "none.jsonl", "--device", "cpu")
 
 
 # What goes wrong.
@@ -318,43 +274,32 @@ def test_an_untrained_teacher_s_traces_do_not_pass(prepared_folder, teacher, tmp
 
 def test_a_finished_run_is_not_written_over(prepared_folder, tmp_path):
     words = ["--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL]
-    run(train_pretrain, *words)
+    words += ["--steps", 2]
+    run_script(train_pretrain, *words)
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="already holds a run"):
-        run(train_pretrain, *words, "--seed", 1)
+        run_script(train_pretrain, *words, "--seed", 1)
     with pytest.raises(Finished):
-        run(train_pretrain, *words, "--resume")
+        run_script(train_pretrain, *words, "--resume")
     with pytest.raises(ValueError, match="--seed 1"):
-        run(train_pretrain, *words, "--seed", 1, "--resume")
+        run_script(train_pretrain, *words, "--seed", 1, "--resume")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-    run(train_pretrain, *words, "--seed", 1, "--overwrite")
+    run_script(train_pretrain, *words, "--seed", 1, "--overwrite")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
 
 
 @pytest.mark.parametrize(
     ("script", "words", "message"),
-    [
+    [  # robustness/test_bad_input.py has the others, without a process for each
         ("train_pretrain.py", ["--data", "nowhere"], "python -m dataset.prepare"),
-        ("train_pretrain.py", ["--model", "huge"], "nano, micro"),
-        ("train_pretrain.py", ["--learning_rate", "nan"], "--learning_rate nan"),
-        ("train_pretrain.py", ["--steps", "0"], "--steps 0"),
-        ("train_pretrain.py", ["--accumulation_steps", "99"], "--accumulation_steps 99"),
-        ("train_pretrain.py", ["--device", "tpu"], "--device tpu"),
-        ("train_pretrain.py", ["--seq_len", "999999"], "one window"),
         ("train_distillation.py", ["--teacher", "nobody"], "python train_pretrain.py"),
-        ("train_distillation.py", ["--temperature", "0"], "--temperature 0"),
-        ("train_distillation.py", ["--alpha", "1.5"], "--alpha 1.5"),
-        ("train_distillation.py", ["--data", "no.jsonl", "--teacher", "TEACHER"], "no.jsonl"),
-        ("train_distill_reason.py", ["--student", "out/student"], "train_distillation.py"),
-        ("train_distill_reason.py", ["--tag_weight", "-1"], "--tag_weight -1"),
+        ("train_distill_reason.py", [], "train_distillation.py"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    script, words, message, prepared_folder, teacher, tmp_path
+    script, words, message, prepared_folder, tmp_path
 ):
-    words = [str(teacher) if word == "TEACHER" else word for word in words]
-    if "--data" not in words and script != "train_distill_reason.py":
-        words += ["--data", str(prepared_folder)]
+    words = [*words] if "--data" in words else [*words, "--data", str(prepared_folder)]
     result = subprocess.run(
         [sys.executable, ROOT / script, *words, "--out", "made"],
         cwd=tmp_path,
@@ -378,32 +323,15 @@ def test_another_tokenizer_is_refused_with_the_cure(prepared_folder, teacher, tm
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     words = ["--teacher", teacher, "--data", folder, "--out", tmp_path / "run", *SMALL]
     with pytest.raises(ValueError, match="one tokenizer"):
-        run(train_distillation, *words)
+        run_script(train_distillation, *words)
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(prepared_folder, tmp_path, monkeypatch):
     loss = train_pretrain.compute_loss
-    monkeypatch.setattr(train_pretrain, "compute_loss", lambda *given: loss(*given) * float("nan"))
+    monkeypatch.setattr(
+        train_pretrain, "compute_loss", lambda *given: (loss(*given)[0] * float("nan"), {})
+    )
     words = ["--model", "nano", "--data", prepared_folder, "--out", tmp_path / "run", *SMALL]
     with pytest.raises(ValueError, match="loss at step 1 is nan"):
-        run(train_pretrain, *words)
+        run_script(train_pretrain, *words)
     assert not (tmp_path / "run" / "model.safetensors").exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are delivered otherwise there")
-def test_ctrl_c_saves_and_says_how_to_go_on(prepared_folder, tmp_path):
-    command = [sys.executable, ROOT / "train_pretrain.py", "--model", "nano", *SMALL]
-    command += ["--data", prepared_folder, "--out", tmp_path / "run", "--steps", "100000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.time() + 60
-    while not (tmp_path / "run" / "log.csv").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume" in errors.strip().splitlines()[-1]
-    assert "Traceback" not in errors
-    newest = max((tmp_path / "run" / "resume").glob("state-*.pt"))
-    state = torch.load(newest, weights_only=True)
-    assert state["step"] >= 4

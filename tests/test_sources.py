@@ -70,7 +70,11 @@ def write(path: Path, *lines) -> Path:
 def test_jsonl_gives_every_line_and_its_number(tmp_path):
     # U+2028 inside a string must not end a line.
     path = write(tmp_path / "a.jsonl", '{"text": "a\u2028b"}', "", "  ", '{"text": "é", "k": 1}')
-    assert list(read_jsonl(path)) == [(1, {"text": "a\u2028b"}), (4, {"text": "é", "k": 1})]
+    found = read_jsonl(path, lambda value, where: (where, value))
+    assert found == [
+        (f"{path} line 1", {"text": "a\u2028b"}),
+        (f"{path} line 4", {"text": "é", "k": 1}),
+    ]
     assert jsonl_texts(path) == [("line 1", "a\u2028b"), ("line 4", "é")]
 
 
@@ -98,6 +102,28 @@ def test_bad_jsonl_line_is_refused_by_number(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", GOOD, "", line, GOOD)
     with pytest.raises(ValueError, match=f"a.jsonl line 3 .*{message}"):
         jsonl_texts(path)
+
+
+def keys_of(value, where):
+    """A parser that refuses an empty object."""
+    if not value:
+        raise ValueError(f"{where} is an empty object")
+    return list(value)
+
+
+def test_bad_lines_may_be_left_out_and_are_told(tmp_path, capsys):
+    """What is no JSON, and what the parser refuses; the first three are shown."""
+    path = write(tmp_path / "a.jsonl", "{", '{"a": 1}', "{}", "[]", "{}", '{"b": 1}', "3")
+    assert read_jsonl(path, keys_of, skip_bad=True) == [["a"], ["b"]]
+    out = capsys.readouterr().out
+    assert "a.jsonl: 5 bad lines were left out:" in out and "and 2 more" in out
+    assert "line 3 is an empty object" in out and "line 5" not in out
+    assert read_jsonl(path, keys_of, skip_bad=True, tell=False) == [["a"], ["b"]]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="line 1 is not valid JSON"):
+        read_jsonl(path, keys_of)
+    with pytest.raises(ValueError, match="every line is bad, nothing is left to learn from"):
+        read_jsonl(write(tmp_path / "b.jsonl", "{", "{}"), keys_of, skip_bad=True)
 
 
 @pytest.mark.parametrize("lines", [(), ("", " "), ("\n\n",)])

@@ -16,9 +16,9 @@ from dataset.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     special_id,
-    tokenizer_hash,
     train_tokenizer,
 )
+from files import tokenizer_hash
 
 SPECIALS = "<|endoftext|> <|im_start|> <|im_end|> <think> </think> <answer> </answer>".split()
 TEXT = [

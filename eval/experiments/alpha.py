@@ -5,16 +5,14 @@
 alpha = 1 is plain training; its runs are those of train_pretrain.py.
 """
 
+from functools import partial
+
 from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
-    def job_of(alpha):
-        if alpha == 1.0:
-            return lambda seed: pretrained(scale, scale.student, seed)
-        return lambda seed: distilled(scale, seed, alpha=alpha)
-
-    arms = [(f"alpha={alpha:g}", job_of(alpha)) for alpha in scale.alphas]
+    arms = [(f"alpha={a:g}", partial(distilled, scale, alpha=a)) for a in scale.alphas if a < 1]
+    arms.append(("alpha=1", partial(pretrained, scale, scale.student)))
     return text_experiment(scale, "alpha", arms)
 
 

@@ -1,9 +1,10 @@
-"""What to keep of a teacher: bytes a token, what the student learns, and how wrong its gradient is.
+"""What to keep of a teacher: bytes per token, what the student learns, how wrong its gradient is.
 
     python -m eval.experiments.cache --preset quick --results results/quick
 
     hidden        the teacher's last hidden state: exact but for float16
-    top k         the k largest probabilities and one tail bucket: cheap, biased
+    topk k        the k largest probabilities, renormalised: cheap, biased
+    tail k        the same file, and one bucket for all other tokens: cheap, biased
     sample k      k tokens, drawn so that the gradient is right on average: cheap, noisy
 
 All students learn from the teacher alone (alpha = 0, T = 1), 3 seeds at every preset. Rows add, for
@@ -12,107 +13,95 @@ file differs from the exact one, |g - exact| / |exact|; and gradient_bias, the s
 gradient of 32 independent draws, which for an unbiased method falls to a sixth of its error.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dataset.cache_teacher import sample, top_k
 from dataset.packing import PackedText
-from distill import HiddenTeacher, SparseTeacher, fused_mixed_loss
+from dataset.teacher_cache import read_header, record_dtype
+from distill.sparse import sample, top_k
+from methods.cached_teacher import compute_loss
 from model import load_model
-from run.files import read_json
-from run.setup import choose_device
+from model.device import choose_device
 
-from .common import (
-    Experiment,
-    data_folder,
-    distilled,
-    pretrained,
-    run_alone,
-    teacher_cache,
-    text_row,
-)
+from .common import Experiment, pretrained, run_alone, text_flags, text_row
 from .jobs import Job
 
 KEPT, SEEDS, DRAWS, WINDOWS = (4, 16, 64), 3, 32, 64
 
 
-def student_job(scale, seed: int, method: str, k: int) -> Job:
+def cache_job(scale, teacher: Job, method: str, k: int) -> Job:
+    """What the teacher says about all windows, in a file; k numbers per token, or hidden states."""
+    flags = {"teacher": teacher.out, "data": scale.data, "method": method}
+    flags |= {"k": k} if k else {}
+    flags |= {"seq_len": scale.seq_len, "data_share": scale.text_share}
+    out = f"{teacher.out}/{method}{k or ''}.cache"
+    return Job("dataset.teacher_cache", out, tuple(flags.items()), (teacher,))
+
+
+def student_job(scale, method: str, k: int, seed: int) -> Job:
     teacher = pretrained(scale, scale.teacher, seed)
-    if method == "hidden":
-        return distilled(scale, seed, alpha=0.0)
-    cache = teacher_cache(scale, teacher, method, k)
-    return distilled(scale, seed, alpha=0.0, cache=cache)
+    cache = cache_job(scale, teacher, "topk" if method == "tail" else method, k)
+    flags = {"teacher": teacher.out, "student": scale.student, "teacher_cache": cache.out}
+    flags |= {"no_tail": None} if method == "topk" else {}
+    flags |= {"alpha": 0.0, **text_flags(scale, seed, 1.0)}
+    out = f"{scale.root}/runs/cached-{method}{k or ''}-s{seed}"
+    return Job("methods.cached_teacher", out, tuple(flags.items()), (teacher, cache))
 
 
-def says(method: str, k: int, logits: Tensor, seed: int) -> SparseTeacher:
-    """What the file would hold for teacher logits (N, V)."""
-    log_probs = logits.log_softmax(-1)
-    if method == "topk":
-        ids, kept, rest = top_k(log_probs, k)
-        return SparseTeacher(ids, kept.exp(), tail=rest.exp())
-    ids, weights, entropy = sample(log_probs, k, torch.Generator(logits.device).manual_seed(seed))
-    return SparseTeacher(ids, weights.exp().float(), entropy=entropy.float())
+def kept_of(log_probs: Tensor, method: str, k: int, seed: int) -> tuple[Tensor, ...]:
+    """What a file would hold of log_probs (N, V), in float16."""
+    if method == "sample":
+        generator = torch.Generator(log_probs.device).manual_seed(seed)
+        ids, *numbers = sample(log_probs, k, generator)
+    else:
+        ids, *numbers = top_k(log_probs, k)
+    return ids, *(x.half() for x in numbers)
 
 
-def gradient_errors(scale, job: Job, teacher_folder: str, method: str, k: int) -> dict[str, float]:
-    """gradient_error and gradient_bias of the gradient to the student's logits, at its end."""
+def gradient_errors(scale, job: Job, method: str, k: int) -> dict[str, float]:
+    """gradient_error and gradient_bias of the gradient to the student's head, at its end."""
     device = choose_device("auto")
-    text = PackedText(data_folder(scale), "train", scale.seq_len)
-    input_ids, _ = text.take(text.window_ids(0, WINDOWS, seed=0))
-    student, teacher = load_model(job.out, device), load_model(teacher_folder, device)
+    text = PackedText(scale.data, "train", scale.seq_len)
+    input_ids, labels = text.take(text.window_ids(0, WINDOWS, seed=0))
+    input_ids, labels = input_ids.to(device), labels.to(device).flatten()  # (B, S), (N,)
+    student, teacher = (load_model(folder, device) for folder in (job.out, job.needs[0].out))
     with torch.no_grad():
-        hidden = student.model(input_ids.to(device)).flatten(0, 1)
-        teacher_hidden = teacher.model(input_ids.to(device)).flatten(0, 1)
-        logits = teacher.lm_head(teacher_hidden)
+        hidden, teacher_hidden = (m.model(input_ids).flatten(0, 1) for m in (student, teacher))
+        teacher_logits = teacher.lm_head(teacher_hidden)  # (N, V)
 
-    def gradient(teacher_says) -> Tensor:
-        """To the head: every token's logits, averaged as a step of training averages them."""
+    def gradient(method: str, *kept: Tensor) -> Tensor:
         head = student.lm_head.weight.detach().requires_grad_()
-        loss = fused_mixed_loss(hidden, head, teacher_says, None, alpha=0.0)
+        loss, _ = compute_loss(hidden @ head.T, labels, method, kept, temperature=1.0, alpha=0.0)
         return torch.autograd.grad(loss, head)[0]
 
-    exact = gradient(HiddenTeacher(teacher_hidden, teacher.lm_head.weight))
+    exact = gradient("hidden", teacher_logits)
     if method == "hidden":
-        kept = teacher_hidden.half().float()
-        draws = [gradient(HiddenTeacher(kept, teacher.lm_head.weight))]
+        draws = [gradient("hidden", teacher.lm_head(teacher_hidden.half().float()).detach())]
     else:
-        count = DRAWS if method == "sample" else 1
-        draws = [gradient(says(method, k, logits, seed)) for seed in range(count)]
-    mean = torch.stack(draws).mean(0)
+        log_probs, count = teacher_logits.log_softmax(-1), DRAWS if method == "sample" else 1
+        draws = [gradient(method, *kept_of(log_probs, method, k, seed)) for seed in range(count)]
     errors = [float((draw - exact).norm() / exact.norm()) for draw in draws]
+    bias = float((torch.stack(draws).mean(0) - exact).norm() / exact.norm())
+    return {"gradient_error": sum(errors) / len(errors), "gradient_bias": bias}
+
+
+def cache_row(scale, job: Job) -> dict:
+    flags = dict(job.flags)
+    header = read_header(flags["teacher_cache"])
+    tail = header["method"] == "topk" and "no_tail" not in flags
     return {
-        "gradient_error": sum(errors) / len(errors),
-        "gradient_bias": float((mean - exact).norm() / exact.norm()),
+        "bytes_per_token": record_dtype(header).itemsize / header["seq_len"],
+        **gradient_errors(scale, job, "tail" if tail else header["method"], header["k"]),
+        **text_row(scale, job),
     }
 
 
 def experiment(scale) -> Experiment:
-    kinds = {"hidden": ("hidden", 0)}
-    kinds |= {f"top {k}": ("topk", k) for k in KEPT} | {f"sample {k}": ("sample", k) for k in KEPT}
-    names = {}  # output folder -> its method and k
-
-    def arm(method, k):
-        def job_of(seed):
-            job = student_job(scale, seed, method, k)
-            names[job.out] = (method, k)
-            return job
-
-        return job_of
-
-    def reference(job: Job) -> Job:
-        return pretrained(scale, scale.teacher, dict(job.flags)["seed"])
-
-    def row_of(job: Job) -> dict:
-        teacher = reference(job)
-        cache = read_json(dict(job.flags)["teacher_cache"] + ".finished.json")
-        return {
-            **text_row(scale, job, teacher),
-            "bytes_per_token": cache["bytes_per_token"],
-            **gradient_errors(scale, job, teacher.out, *names[job.out]),
-        }
-
-    arms = [(name, arm(*kind)) for name, kind in kinds.items()]
-    return Experiment("cache", arms, SEEDS, row_of, reference)
+    kinds = [("hidden", 0), *((method, k) for method in ("topk", "tail", "sample") for k in KEPT)]
+    arms = [(f"{m} {k or ''}".strip(), partial(student_job, scale, m, k)) for m, k in kinds]
+    return Experiment("cache", arms, SEEDS, partial(cache_row, scale))
 
 
 if __name__ == "__main__":

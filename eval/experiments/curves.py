@@ -8,7 +8,7 @@ Copies the evaluations of the headline runs' log.csv into one CSV.
 from pathlib import Path
 
 from . import headline
-from .common import append_row, experiment_main, read_rows
+from .common import append_rows, experiment_main, read_rows
 from .jobs import run_jobs
 
 
@@ -21,11 +21,10 @@ def run(scale, results) -> None:
                 continue
             job = job_of(seed)
             run_jobs([job])
-            for line in read_rows(Path(job.out) / "log.csv"):
-                if line["val_loss"]:
-                    row = {"experiment": "curves", "arm": arm, "seed": seed}
-                    row |= {k: line[k] for k in ("tokens", "val_loss", "seconds")}
-                    append_row(path, {**row, "step": line["step"], "command": job.command})
+            row = {"experiment": "curves", "arm": arm, "seed": seed, "command": job.command}
+            lines = [line for line in read_rows(Path(job.out) / "log.csv") if line["val_loss"]]
+            names = ("step", "tokens", "val_loss", "seconds", "flops")
+            append_rows(path, [{**row, **{name: line[name] for name in names}} for line in lines])
 
 
 if __name__ == "__main__":

@@ -7,16 +7,17 @@ has read all of it. Column best_val_loss has the lowest held-out loss on the way
 stopping would have kept.
 """
 
+from functools import partial
+
 from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
     arms = []
     for share in scale.data_shares:
-        arms.append(
-            (f"plain {share:g}", lambda seed, s=share: pretrained(scale, scale.student, seed, s))
-        )
-        arms.append((f"distilled {share:g}", lambda seed, s=share: distilled(scale, seed, share=s)))
+        plain = partial(pretrained, scale, scale.student, share=share)
+        arms.append((f"plain {share:g}", plain))
+        arms.append((f"distilled {share:g}", partial(distilled, scale, share=share)))
     return text_experiment(scale, "data_share", arms)
 
 

@@ -19,9 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import run.folder
-from run.files import Finished, InUse, hold, read_json, release_all
-from run.setup import available_cores, give_back_memory
+from dataset.teacher_cache import read_header
+from files import Finished, Locked, lock, read_json, unlock_all
+from model.device import available_cores, give_back_memory
+from run import log
+
+# Of what a script writes, where it is no run's folder: what is added to the name of --out.
+RECORDS = {"dataset.teacher_cache": "", "dataset.make_traces": ".finished.json"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,9 @@ class Job:
     def argv(self) -> list[str]:
         words = []
         for name, value in self.flags:
-            if value is None or value is False:
-                words.append(f"--{name}" if value is None else f"--no-{name}")
-            else:
-                words += [f"--{name}", str(value)]
+            words.append(f"--no-{name}" if value is False else f"--{name}")
+            if value is not None and value is not False:
+                words.append(str(value))
         return [*words, "--out", self.out]
 
     @property
@@ -52,27 +55,27 @@ class Job:
 
     @property
     def record_path(self) -> Path:
-        """The file that exists once the job is done."""
-        if self.script.startswith("dataset."):
-            return Path(self.out + ".finished.json")
-        return Path(self.out) / "run.json"
+        """The file that exists once the job is done, and says how it was made."""
+        return Path(self.out + RECORDS.get(self.script, "/run.json"))
+
+    def record(self) -> dict:
+        if self.script == "dataset.teacher_cache":
+            return {"args": read_header(self.record_path)}
+        return read_json(self.record_path)
 
     def is_done(self) -> bool:
         """Raises ValueError where --out holds a run with other flags."""
         if not self.record_path.is_file():
             return False
-        recorded = read_json(self.record_path)["args"]
+        recorded = self.record()["args"]
         for name, value in self.flags:
             expected = str(True if value is None else value)
-            if str(recorded.get(name)) != expected:
+            if name in recorded and str(recorded[name]) != expected:
                 raise ValueError(
-                    f"{self.out} holds a run with --{name} {recorded.get(name)}, this experiment "
-                    f"needs {expected}: move or delete that folder"
+                    f"{self.out} holds a run with --{name} {recorded[name]}, this experiment "
+                    f"needs {expected}: move or delete it"
                 )
         return True
-
-    def record(self) -> dict:
-        return read_json(self.record_path)
 
 
 def execute(job: Job) -> None:
@@ -81,26 +84,25 @@ def execute(job: Job) -> None:
     give_back_memory()
     while True:
         try:
-            hold(job.out)  # before looking: another sweep may be about to begin or finish it
-            begun = job.script.startswith("train_") and Path(job.out).is_dir()
+            lock(job.out)  # before looking: another sweep may be about to begin or finish it
+            begun = job.script not in RECORDS and Path(job.out).is_dir()
             module.main(module.parse_args([*job.argv, *(["--resume"] if begun else [])]))
+            return
         except Finished:
             return
-        except InUse:  # another sweep runs it: it will have finished, or left a state to go on from
+        except Locked:  # another sweep runs it: it will finish, or leave a state to go on from
             time.sleep(2)
-            continue
         finally:
-            release_all()  # this worker lives on, and another sweep's may wait for the folder
-        return
+            unlock_all()  # this worker lives on, and another sweep's may wait for the folder
 
 
-def start_worker(threads: int, lock, positions) -> None:
+def start_worker(threads: int, tqdm_lock, positions) -> None:
     """Settle a worker process: its threads, its own line for the progress bar, its end."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    tqdm.set_lock(lock)
+    tqdm.set_lock(tqdm_lock)
     with positions.get_lock():
-        run.folder.bar_position = positions.value
+        log.bar_position = positions.value
         positions.value += 1
 
 
@@ -110,33 +112,31 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, workers=None) -> None:
+def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> None:
     """Run all jobs and what they need, each once, those it needs first; print every command.
 
-    after_each is called whenever a job has finished, in a thread of its own: it may take seconds,
-    in which no worker should wait. workers: processes side by side; by default 1 with a GPU, else
-    one for every core up to 4.
-    Raises what a job or after_each raised; the other running jobs finish first.
+    One runs at a time where there is a GPU, else one for every core up to 4. after_each is called
+    whenever a job has finished, in a thread of its own: it may take seconds, in which no worker
+    should wait. Raises what a job or after_each raised; the other running jobs finish first.
     """
     waiting = unfinished(jobs)
     if not waiting:
         return
-    if workers is None:
-        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        workers = 1 if gpu else min(4, available_cores())
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    workers = 1 if gpu else min(4, available_cores())
     threads = max(1, available_cores() // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     context = get_context("spawn")
     shared = (threads, context.RLock(), context.Value("i", 1))
-    total, running, calls = len(waiting), {}, []
+    running, calls = {}, []
     with (
-        tqdm(total=total, desc="runs", unit="run", position=0) as bar,
+        tqdm(total=len(waiting), desc="runs", unit="run", position=0) as bar,
         ProcessPoolExecutor(workers, context, start_worker, shared) as pool,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread,
     ):
         while waiting or running:
-            ready = [job for job in waiting if not any(need in waiting for need in job.needs)]
-            ready = [job for job in ready if not set(job.needs) & set(running.values())]
+            missing = {*waiting, *running.values()}
+            ready = [job for job in waiting if missing.isdisjoint(job.needs)]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
                 bar.write("$ " + job.command)
@@ -144,16 +144,13 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, wor
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
-                try:
-                    future.result()
-                except BaseException:
+                if future.exception():
                     bar.write(f"failed: {job.command}")
-                    waiting.clear()
-                    raise
+                future.result()
                 bar.update()
             calls.append(thread.submit(after_each))
             for call in calls:
-                if call.done() or workers == 1:  # a GPU has memory for one thing at a time
+                if call.done() or gpu:  # a GPU has memory for one thing at a time
                     call.result()
         for call in calls:
             call.result()
@@ -161,13 +158,9 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None, wor
 
 def unfinished(jobs: list[Job]) -> list[Job]:
     """The jobs that must run, without repeats, every one after those it needs."""
-    ordered: dict[Job, None] = {}
 
-    def visit(job: Job) -> None:
-        for need in job.needs:
-            visit(need)
-        ordered.setdefault(job)
+    def with_needs(job: Job) -> list[Job]:
+        return [*(first for need in job.needs for first in with_needs(need)), job]
 
-    for job in jobs:
-        visit(job)
+    ordered = dict.fromkeys(found for job in jobs for found in with_needs(job))
     return [job for job in ordered if not job.is_done()]

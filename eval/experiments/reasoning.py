@@ -14,63 +14,54 @@ each number of steps (5 was never trained), the share of well-formed and of veri
 the mean tokens thought; every answer is in the run's answers.jsonl.
 """
 
+from functools import partial
 from pathlib import Path
 
 from eval.reasoning import evaluate_reasoning
-from run.setup import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory
 
-from .common import Experiment, data_folder, root, run_alone, speed_flags
+from .common import Experiment, run_alone, run_row
 from .jobs import Job
 
 
-def train_job(scale, name, seed, student, needs=(), data=None, **more) -> Job:
+def train_job(scale, name, student, seed, needs=(), **more) -> Job:
     """One run of train_distill_reason.py; a value None stands for a switch."""
-    flags = (
-        ("student", student),
-        ("tokenizer", data_folder(scale)),
-        ("data", data or f"{data_folder(scale)}/reason_train.jsonl"),
-        ("steps", scale.reason_steps),
-        ("batch_size", scale.reason_batch),
-        ("seed", seed),
-        ("eval_every", scale.reason_eval_every),
-        ("final_eval", scale.reason_final_eval),
-        *speed_flags(scale),
-        *more.items(),
-    )
-    return Job("train_distill_reason", f"{root(scale)}/runs/{name}-s{seed}", flags, needs)
+    flags = {
+        "student": student, "tokenizer": scale.data, "data": f"{scale.data}/reason_train.jsonl",
+        "steps": scale.reason_steps, "batch_size": scale.reason_batch, "seed": seed,
+        "eval_every": scale.reason_eval_every, "final_eval": scale.reason_final_eval,
+        **dict(scale.flags), **more,
+    }  # fmt: skip
+    out = f"{scale.root}/runs/{name}-s{seed}"
+    return Job("train_distill_reason", out, tuple(flags.items()), needs)
 
 
 def teacher_job(scale, seed) -> Job:
-    return train_job(scale, f"reason-teacher-{scale.reason_teacher}", seed, scale.reason_teacher)
+    return train_job(scale, f"reason-teacher-{scale.reason_teacher}", scale.reason_teacher, seed)
 
 
 def traces_job(scale, seed) -> Job:
     teacher = teacher_job(scale, seed)
-    flags = (
-        ("teacher", teacher.out),
-        ("prompts", f"{data_folder(scale)}/reason_prompts.jsonl"),
-        ("seed", seed),
-    )
-    out = f"{root(scale)}/runs/traces-of-{scale.reason_teacher}-s{seed}.jsonl"
+    prompts = f"{scale.data}/reason_prompts.jsonl"
+    flags = (("teacher", teacher.out), ("prompts", prompts), ("seed", seed))
+    out = f"{scale.root}/runs/traces-of-{scale.reason_teacher}-s{seed}.jsonl"
     return Job("dataset.make_traces", out, flags, (teacher,))
 
 
 def arms_of(scale) -> list:
     def student(name, **more):
-        return lambda seed: train_job(scale, f"reason-{name}", seed, scale.student, **more)
+        return partial(train_job, scale, f"reason-{name}", scale.student, **more)
 
     def with_kl(seed):
         teacher = teacher_job(scale, seed)
-        return train_job(scale, "reason-kl", seed, scale.student, (teacher,), teacher=teacher.out)
+        return student("kl", needs=(teacher,), teacher=teacher.out)(seed)
 
     def from_teacher(seed):
         traces = traces_job(scale, seed)
-        return train_job(
-            scale, "reason-teachers-words", seed, scale.student, (traces,), data=traces.out
-        )
+        return student("teachers-words", needs=(traces,), data=traces.out)(seed)
 
     return [
-        ("teacher", lambda seed: teacher_job(scale, seed)),
+        ("teacher", partial(teacher_job, scale)),
         ("answers alone", student("answers", answers_only=None)),
         ("traces, tag 1", student("tag1", tag_weight=1.0)),
         ("traces, tag 10", student("tag10")),
@@ -82,35 +73,15 @@ def arms_of(scale) -> list:
 def reasoning_row(scale, job: Job) -> dict:
     """The shared columns, and what the model answers on the held-out problems."""
     keep_freed_memory()
-    record = job.record()
-    folder = Path(job.out)
-    problems = f"{data_folder(scale)}/reason_test.jsonl"
-    table = evaluate_reasoning(folder, problems, folder / "answers.jsonl", choose_device("auto"))
-    teacher = record["args"]["teacher"]
-    row = {
-        "student_params": record["parameters"],
-        "teacher_params": job.needs[0].record()["parameters"] if teacher else "",
-        "tokens": record["tokens"],
-        "temperature": record["args"]["temperature"] if teacher else "",
-        "alpha": record["args"]["alpha"] if teacher else 1.0,
-        **record["metrics"],
-        "seconds": record["seconds"],
-        "peak_memory_mb": record["peak_memory_mb"],
-        "accuracy": table[0]["accuracy"],
-        **{f"accuracy_{steps}": table[steps]["accuracy"] for steps in range(1, 6)},
-        "well_formed": table[0]["well_formed"],
-        "verified": table[0]["verified"],
-        "think_tokens": table[0]["think_tokens"],
-        "device": record["device"],
-        "command": job.command,
-    }
-    return row
+    problems, answers = f"{scale.data}/reason_test.jsonl", Path(job.out) / "answers.jsonl"
+    table = evaluate_reasoning(job.out, problems, answers, choose_device("auto"))
+    columns = {f"accuracy_{steps}": table[steps]["accuracy"] for steps in range(1, 6)}
+    names = ("accuracy", "well_formed", "verified", "think_tokens")
+    return {**{name: table[0][name] for name in names}, **columns, **run_row(job)}
 
 
 def experiment(scale) -> Experiment:
-    return Experiment(
-        "reasoning", arms_of(scale), scale.seeds, lambda job: reasoning_row(scale, job)
-    )
+    return Experiment("reasoning", arms_of(scale), scale.seeds, partial(reasoning_row, scale))
 
 
 if __name__ == "__main__":

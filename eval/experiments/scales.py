@@ -5,27 +5,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of all experiments at one preset."""
+    """Sizes of all experiments at one preset; by default those of `standard`."""
 
     name: str
-    teacher: str  # the reference teacher's preset
-    student: str
-    teacher_sizes: tuple[str, ...]  # for the curve; the student's own size first
-    seeds: int  # of every experiment
-    headline_seeds: int  # of the plain student and the distilled one
-    text_steps: int
-    text_batch: int
-    seq_len: int
-    text_share: float  # how much of the text is "all of it"
-    text_warmup: int  # steps; the scripts' default is too long for a hundred
-    reason_teacher: str
-    reason_steps: int
-    reason_batch: int
-    compiles: bool  # left to each run's own measurement; or not, where runs are short
+    teacher: str = "mini"  # the reference teacher's preset
+    student: str = "nano"
+    teacher_sizes: tuple[str, ...] = ("nano", "micro", "mini")  # the student's own size first
+    seeds: int = 3  # of every experiment
+    headline_seeds: int = 3  # of the plain student and the distilled one
+    text_steps: int = 400
+    text_batch: int = 16
+    seq_len: int = 128
+    text_share: float = 1.0  # how much of the text is "all of it"
+    text_warmup: int = 50  # steps
     text_eval_every: int = 100  # steps between the points of a learning curve
     text_final_eval: int = 400  # held-out windows at the end of a run
+    reason_teacher: str = "micro"
+    reason_steps: int = 3000
+    reason_batch: int = 16
     reason_eval_every: int = 100
     reason_final_eval: int = 1000  # held-out conversations
+    flags: tuple = ()  # more flags of all training runs, as a Job has them
     vocab_size: int = 2048
     problems: int = 20000  # with gold traces; a twentieth is held out to evaluate on
     prompts: int = 10000  # problems for which the reasoning teacher writes traces
@@ -34,69 +34,38 @@ class Scale:
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     data_shares: tuple[float, ...] = (0.1, 0.3, 1.0)
 
+    @property
+    def root(self) -> str:
+        return f"out/{self.name}"
 
-SCALES = {
-    "quick": Scale(
-        name="quick",
-        teacher="mini",
-        student="nano",
-        teacher_sizes=("nano", "micro", "mini"),
-        seeds=1,
-        headline_seeds=2,
-        text_steps=110,
-        text_batch=16,
-        seq_len=128,
-        text_share=0.25,
-        text_warmup=5,
-        reason_teacher="micro",
-        reason_steps=700,
-        reason_batch=16,
-        compiles=False,
-        text_eval_every=37,
-        text_final_eval=200,  # beside a teacher, 400 took as long as 30 steps
-        reason_eval_every=350,
-        reason_final_eval=300,
-        problems=12000,  # no more than the steps reach: reading them takes seconds in every run
-        prompts=3000,
-        test_problems=500,
-        temperatures=(0.5, 1.0, 2.0, 4.0),
-        alphas=(0.0, 0.5, 1.0),
-        data_shares=(0.1, 1.0),
-    ),
-    "standard": Scale(
-        name="standard",
-        teacher="mini",
-        student="nano",
-        teacher_sizes=("nano", "micro", "mini"),
-        seeds=3,
-        headline_seeds=3,
-        text_steps=400,
-        text_batch=16,
-        seq_len=128,
-        text_share=1.0,
-        text_warmup=50,
-        reason_teacher="micro",
-        reason_steps=3000,
-        reason_batch=16,
-        compiles=False,
-    ),
-    # Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
-    "full": Scale(
-        name="full",
-        teacher="base",
-        student="small",
-        teacher_sizes=("small", "base", "large"),
-        seeds=3,
-        headline_seeds=3,
-        text_steps=2000,
-        text_batch=32,
-        seq_len=256,
-        text_share=1.0,
-        text_warmup=50,
-        reason_teacher="base",
-        reason_steps=2000,
-        reason_batch=64,
-        compiles=True,
-        vocab_size=6400,
-    ),
-}
+    @property
+    def data(self) -> str:
+        return f"{self.root}/data"
+
+
+QUICK = Scale(
+    "quick",
+    seeds=1,
+    headline_seeds=2,
+    text_steps=110,
+    text_share=0.25,
+    text_warmup=5,  # the scripts' default is too long for a hundred steps
+    text_eval_every=37,
+    text_final_eval=200,  # beside a teacher, 400 took as long as 30 steps
+    reason_steps=700,
+    reason_eval_every=350,
+    reason_final_eval=300,
+    problems=12000,  # no more than the steps reach: reading them takes seconds in every run
+    prompts=3000,
+    test_problems=500,
+    temperatures=(0.5, 1.0, 2.0, 4.0),
+    alphas=(0.0, 0.5, 1.0),
+    data_shares=(0.1, 1.0),
+)
+# Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
+FULL = Scale(
+    "full", teacher="base", student="small", teacher_sizes=("small", "base", "large"),
+    text_steps=2000, text_batch=32, seq_len=256, reason_teacher="base", reason_steps=2000,
+    reason_batch=64, flags=(("compile", None),), vocab_size=6400,
+)  # fmt: skip
+SCALES = {scale.name: scale for scale in (QUICK, Scale("standard"), FULL)}

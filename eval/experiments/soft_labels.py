@@ -12,7 +12,7 @@ from dataset.packing import PackedText
 from dataset.tokenizer import decode, load_tokenizer
 from model import load_model
 
-from .common import append_row, data_folder, experiment_main, pretrained, read_rows
+from .common import append_rows, experiment_main, pretrained, read_rows
 from .jobs import run_jobs
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -27,35 +27,28 @@ def run(scale, results) -> None:
     job = pretrained(scale, scale.teacher, 0)
     run_jobs([job])
     teacher, tokenizer = load_model(job.out), load_tokenizer(job.out)
-    text = PackedText(data_folder(scale), "val", scale.seq_len)
-    input_ids, labels = next(text.evaluation_batches(200, 200))
+    text = PackedText(scale.data, "val", scale.seq_len)
+    input_ids, labels = next(text.evaluation(200, 200))
     position = scale.seq_len // 2
     logits = teacher(input_ids[:, : position + 1])[:, -1]  # (B, V)
     log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     row = int((entropy - ENTROPY).abs().argmin())
     context = decode(tokenizer, input_ids[row, position + 1 - CONTEXT : position + 1].tolist())
+    rows = []
     for temperature in TEMPERATURES:
         probabilities = (logits[row] / temperature).softmax(-1)
         entropy = float(-(probabilities * probabilities.clamp(min=1e-30).log()).sum())
         for rank, token in enumerate(logits[row].topk(TOP).indices.tolist(), start=1):
-            append_row(
-                path,
-                {
-                    "experiment": "soft_labels",
-                    "arm": f"T={temperature:g}",
-                    "seed": 0,
-                    "teacher_params": teacher.num_parameters(),
-                    "temperature": temperature,
-                    "rank": rank,
-                    "token": decode(tokenizer, [token]),
-                    "probability": float(probabilities[token]),
-                    "entropy": entropy,
-                    "is_next": int(token == int(labels[row, position])),
-                    "context": context,
-                    "command": job.command,
-                },
-            )
+            rows.append({
+                "experiment": "soft_labels", "arm": f"T={temperature:g}", "seed": 0,
+                "teacher_params": teacher.num_parameters(), "temperature": temperature,
+                "rank": rank, "token": decode(tokenizer, [token]),
+                "probability": float(probabilities[token]), "entropy": entropy,
+                "is_next": int(token == int(labels[row, position])),
+                "context": context, "command": job.command,
+            })  # fmt: skip
+    append_rows(path, rows)
     print(f"{path}: written")
 
 

@@ -6,16 +6,16 @@ The smallest teacher has the student's own size: what it adds is not knowledge f
 parameters but the form of the target. Each teacher's own loss is a row beside its student's.
 """
 
+from functools import partial
+
 from .common import distilled, pretrained, run_alone, text_experiment
 
 
 def experiment(scale):
     arms = []
     for size in reversed(scale.teacher_sizes):  # the longest runs first
-        arms.append((f"teacher {size}", lambda seed, s=size: pretrained(scale, s, seed)))
-        arms.append(
-            (f"student of {size}", lambda seed, s=size: distilled(scale, seed, teacher_size=s))
-        )
+        arms.append((f"teacher {size}", partial(pretrained, scale, size)))
+        arms.append((f"student of {size}", partial(distilled, scale, teacher_size=size)))
     return text_experiment(scale, "teacher_size", arms)
 
 

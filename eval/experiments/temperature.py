@@ -2,18 +2,18 @@
 
     python -m eval.experiments.temperature --preset quick
 
-alpha = 0, so that nothing but the softened teacher is learned from. All runs share one teacher
-for each seed, and its cached hidden states.
+alpha = 0, so that nothing but the softened teacher is learned from. All runs of a seed share one
+teacher.
 """
+
+from functools import partial
 
 from .common import distilled, run_alone, text_experiment
 
 
 def experiment(scale):
-    arms = [
-        (f"T={T:g}", lambda seed, T=T: distilled(scale, seed, temperature=T, alpha=0.0))
-        for T in scale.temperatures
-    ]
+    taught = partial(distilled, scale, alpha=0.0)
+    arms = [(f"T={T:g}", partial(taught, temperature=T)) for T in scale.temperatures]
     return text_experiment(scale, "temperature", arms)
 
 

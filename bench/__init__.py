@@ -1,0 +1,1 @@
+"""How fast, in how much memory, and what it would cost at real sizes."""

@@ -1,0 +1,36 @@
+"""What --data names, opened: packed text of a prepared folder, or conversations of a jsonl.
+
+Either gives a run `batch(step, batch_size, seed)` to learn from and `held_out.evaluation(...)` to
+be measured on, and names its tokenizer.
+"""
+
+from pathlib import Path
+
+from .chat import ChatData
+from .packing import PackedText
+
+
+def add_data_flags(parser, data: str = "out/data") -> None:
+    """Add --data, --data_share, --skip_bad and --tokenizer."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default=data, help="folder of dataset.prepare, or a jsonl of conversations")
+    add("--data_share", type=float, default=1.0, help="first part of the text, above 0 to 1")
+    add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
+    tokenizer = "folder of the tokenizer for a jsonl, where no model is given as a folder"
+    add("--tokenizer", default="out/data", help=tokenizer)
+
+
+def open_data(args, *models: str | None) -> PackedText | ChatData:
+    """The data that `args` names; a jsonl is read with the tokenizer of the first of `models`,
+    the run's checkpoints and presets, that is a folder. Raises ValueError for bad data."""
+    if not str(args.data).endswith(".jsonl"):
+        return PackedText(args.data, "train", args.seq_len, args.data_share)
+    if args.data_share != 1.0:
+        raise ValueError("--data_share needs --data to be a prepared folder, not a jsonl")
+    folders = [name for name in models if name and Path(name).is_dir()]
+    data = ChatData(
+        args.data, (folders or [args.tokenizer])[0], "train", args.seq_len,
+        answers_only=getattr(args, "answers_only", False), skip_bad=args.skip_bad,
+    )  # fmt: skip
+    print(f"{args.data}: {data.size} conversations, {data.cut} cut to {args.seq_len} tokens")
+    return data

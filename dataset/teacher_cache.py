@@ -1,0 +1,219 @@
+"""Pay the teacher once: write what it says about every training window to a file, and read it.
+
+    python -m dataset.teacher_cache --teacher out/teacher          # writes out/teacher/sample.cache
+    python -m methods.cached_teacher                               # a student that learns from it
+
+Students of one teacher read the same windows whatever their flags, and it says the same about them
+every time. The file is a JSON header of 4,096 bytes, then a record per window of S tokens, of what
+--method keeps:
+
+    hidden    hidden (S, E)                        logits = hidden @ head.T, at every temperature
+    topk      ids, log_probs (S, k), rest (S)      rest: log of the other tokens' mass
+    sample    ids, log_probs (S, k), rest (S)      rest: entropy of the distribution
+
+topk and sample (distill/sparse.py) hold for the one --temperature they were made at. The header has
+the sha256 of what the file was made from: no shape and no loss curve would show another teacher.
+A call that was stopped resumes. Shapes: B batch, S sequence, V vocabulary, E width of the teacher.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import files
+from distill.sparse import sample, top_k
+from files import check_ranges, command_line, new_parser
+from model import load_for, weights_hash
+from model.device import autocast, choose_device, choose_precision, keep_freed_memory
+
+from .packing import PackedText
+
+HEADER_BYTES = 4096
+METHODS = ("topk", "sample", "hidden")
+SIZES = ("windows", "seq_len", "k", "vocab_size", "teacher_width")
+ROWS = 32  # windows of one teacher pass
+SYNCED = 64 * ROWS  # windows between two syncs to the disk
+
+
+def source_of(teacher, text) -> dict:
+    hashes = {"teacher_sha256": weights_hash(teacher), "text_sha256": text.sha256}
+    return {**hashes, "tokenizer_sha256": text.tokenizer_sha256, "seq_len": text.seq_len}
+
+
+def record_dtype(header: dict) -> np.dtype:
+    """The layout of one window; numbers are float16."""
+    S, k = header["seq_len"], header["k"]
+    if header["method"] == "hidden":
+        return np.dtype([("hidden", np.float16, (S, header["teacher_width"]))])
+    id_type = np.uint16 if header["vocab_size"] <= 2**16 else np.uint32
+    kept = [("ids", id_type, (S, k)), ("log_probs", np.float16, (S, k))]
+    return np.dtype([*kept, ("rest", np.float16, (S,))])
+
+
+def read_header(path) -> dict:
+    """The header of a cache file. Raises ValueError where the file is missing or is no cache."""
+    path, make = Path(path), f"make it with: python -m dataset.teacher_cache --out {path}"
+    if not path.is_file():
+        raise ValueError(f"no teacher cache in '{path}': {make}")
+    with open(path, "rb") as file:
+        raw = file.read(HEADER_BYTES)
+    try:
+        header = json.loads(raw.decode("ascii"))
+        if header["method"] not in METHODS:
+            raise ValueError(f"method {header['method']!r}")
+        for name in SIZES:
+            least = {"windows": 0, "k": int(header["method"] != "hidden")}.get(name, 1)
+            if type(header[name]) is not int or not least <= header[name] <= 10**12:
+                raise ValueError(f"{name} {header[name]!r}")
+        size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a teacher cache ({error}): {make}") from None
+    if (found := path.stat().st_size) != size:
+        raise ValueError(f"{path} has {found:,} bytes, its header says {size:,}: delete it, {make}")
+    return header
+
+
+class CachedText:
+    """Packed text whose batches carry what the teacher said about them. Raises ValueError, naming
+    what differs, for a file that was not made for this run."""
+
+    def __init__(self, text: PackedText, path, teacher_folder, temperature: float):
+        header = read_header(path)
+        again = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
+        again = f"make one for it with: python -m dataset.teacher_cache {again}"
+        for name, value in source_of(teacher_folder, text).items():
+            if (made := header.get(name)) != value:
+                differs = f"was made with {name} {str(made)[:12]}, this run has {str(value)[:12]}"
+                raise ValueError(f"{path} {differs}: {again}")
+        if (windows := header["windows"]) < text.size:
+            few = f"{path} holds {windows:,} windows, this run needs {text.size:,}"
+            raise ValueError(f"{few}: use one --data_share for both")
+        self.text, self.method = text, header["method"]
+        if self.method != "hidden" and (made := header["temperature"]) != temperature:
+            holds = f"{path} holds probabilities at --temperature {made:g}"
+            cure = "make one for it, or use --method hidden, which serves all"
+            raise ValueError(f"{holds}, this run has {temperature:g}: {cure}")
+        layout, offset = record_dtype(header), HEADER_BYTES
+        self.records = np.memmap(path, layout, "r", offset=offset, shape=(windows,))
+
+    def __getattr__(self, name: str):
+        return getattr(self.text, name)  # held_out, vocab_size, ...
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+        """input_ids and labels (B, S), then the fields of their records, each (B, S, ...)."""
+        windows = self.text.window_ids(step, batch_size, seed)
+        return *self.text.take(windows), *self.take(windows)
+
+    def take(self, windows: np.ndarray) -> tuple[Tensor, ...]:
+        records = self.records[windows]
+        fields = (np.ascontiguousarray(records[name]) for name in records.dtype.names)
+        # torch gathers by signed integers
+        signed = (x.astype(np.int64) if x.dtype.kind == "u" else x for x in fields)
+        return tuple(map(torch.from_numpy, signed))
+
+
+def parse_args(argv=None):
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--teacher", default="out/teacher", help="checkpoint folder")
+    add("--data", default="out/data", help="folder made by dataset.prepare")
+    add("--out", type=Path, help="file to write [TEACHER/METHOD.cache]")
+    add("--method", choices=METHODS, default="sample", help="what to keep")
+    add("--k", type=int, default=64, help="of topk and sample: tokens to keep, 1 or more")
+    add("--temperature", type=float, default=1.0, help="T of topk and sample")
+    add("--seq_len", type=int, default=128, help="as the students will train, 2 or more")
+    add("--data_share", type=float, default=1.0, help="first part of the text")
+    add("--seed", type=int, default=0, help="of sample, 0 or more")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the teacher")
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict:
+    check_ranges(args)
+    keep_freed_memory()
+    device = choose_device(args.device)
+    args.dtype = choose_precision(args.dtype, device)
+    text = PackedText(args.data, "train", args.seq_len, args.data_share)
+    teacher = load_for(args.teacher, text, device)
+    sparse = args.method != "hidden"
+    if sparse and args.k > text.vocab_size:
+        raise ValueError(f"--k {args.k} must be between 1 and the vocabulary, {text.vocab_size}")
+    header = {
+        "format": "minidistill teacher cache 2", "method": args.method, "dtype": args.dtype,
+        "k": args.k if sparse else 0, "temperature": args.temperature if sparse else 1.0,
+        "seed": args.seed if args.method == "sample" else 0, "windows": text.size,
+        "vocab_size": text.vocab_size, "teacher_width": teacher.config.hidden_size,
+        **source_of(args.teacher, text),
+    }  # fmt: skip
+    path = args.out or Path(args.teacher) / f"{args.method}.cache"
+    files.lock(path)
+    if path.exists() and read_header(path) == header:
+        raise files.Finished(f"{path}: finished already")
+    if path.exists():
+        raise ValueError(f"{path} holds another cache: delete it or pass another --out")
+    write(path, header, teacher, text, device)
+    files.unlock(path)
+    return header
+
+
+def write(path: Path, header: dict, teacher, text, device) -> None:
+    """Run the teacher over all windows; raises ValueError for too small a disk."""
+    layout, first = record_dtype(header), 0
+    beginning = json.dumps(header, indent=1).encode("ascii").ljust(HEADER_BYTES - 1) + b"\n"
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "ab+") as file:
+        file.seek(0)
+        if file.read(HEADER_BYTES) == beginning:  # the same call was stopped
+            # A power cut may leave zeros, but what was written after a sync proves that it ended.
+            windows = (partial.stat().st_size - HEADER_BYTES) // layout.itemsize
+            first = max(0, windows - 1) // SYNCED * SYNCED
+            file.truncate(HEADER_BYTES + first * layout.itemsize)
+        else:
+            file.truncate(0)
+            file.write(beginning)
+        size = (header["windows"] - first) * layout.itemsize / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
+        if size > 0.95 * free:
+            need = f"the cache needs {size:,.0f} MB more at {path}, {free:,.0f} MB are free"
+            raise ValueError(f"{need}: make room, or lower --k or --data_share")
+        print(f"{path}: {layout.itemsize / text.seq_len:,.0f} bytes per token, {size:,.0f} MB")
+        for start in tqdm(range(first, header["windows"], ROWS), desc=path.name):
+            windows = np.arange(start, min(start + ROWS, header["windows"]))
+            fields = teacher_output(teacher, text.take(windows)[0].to(device), header, start)
+            records = np.empty(len(windows), layout)
+            for name, values in zip(layout.names, fields, strict=True):
+                records[name] = values.cpu().numpy().reshape(records[name].shape)
+            records.tofile(file)
+            end = start + len(windows)
+            if end % SYNCED == 0 or end == header["windows"]:
+                file.flush()
+                os.fsync(file.fileno())
+    partial.replace(path)
+    files.sync_folder(path.parent)
+
+
+@torch.no_grad()
+def teacher_output(teacher, input_ids: Tensor, header: dict, start: int) -> tuple[Tensor, ...]:
+    """The fields of the records of windows (B, S), each with B * S rows."""
+    with autocast(input_ids.device, header["dtype"]):
+        hidden = teacher.model(input_ids)
+        if header["method"] == "hidden":
+            return (hidden.half().flatten(0, 1),)
+        logits = teacher.lm_head(hidden).float().flatten(0, 1)
+    log_probs = (logits / header["temperature"]).log_softmax(-1)
+    if header["method"] == "topk":
+        return top_k(log_probs, header["k"])
+    # One generator per pass: a call that goes on draws what the stopped one would have drawn.
+    generator = torch.Generator(logits.device).manual_seed(header["seed"] * 2**32 + start)
+    return sample(log_probs, header["k"], generator)
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())

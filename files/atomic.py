@@ -1,0 +1,95 @@
+"""Files that are either whole or absent: atomic writes, JSON, hashes.
+
+A file is written under a temporary name in its own folder, flushed to disk and renamed: a reader,
+or a run that resumes after a crash, sees the old content or the new, never half of it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What torch.save and safetensors say instead of OSError where a disk is full.
+WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "I/O error")
+
+
+@contextmanager
+def atomic_path(path) -> Iterator[Path]:
+    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed.
+
+    Raises OSError naming `p` where the disk does not take it; what was at `p` is then unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(x in str(error) for x in WRITE_FAILED):
+            raise
+        cure = "make room on its disk, or choose another; what was there before is unchanged"
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): {cure}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut; Windows has no call for it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path, value) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path) -> dict:
+    """Read a JSON object. Raises ValueError naming the file where it is not one."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): make it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def file_hash(path) -> str:
+    """sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder) -> str:
+    """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"no tokenizer in '{folder}': copy in the one its model was trained with")
+    return file_hash(path)
+
+
+def copy_tokenizer(source, folder) -> None:
+    """Copy tokenizer.json, and its configuration if there is one, to another folder."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (Path(source) / name).is_file() and Path(source).resolve() != Path(folder).resolve():
+            with atomic_path(Path(folder) / name) as temporary:
+                shutil.copyfile(Path(source) / name, temporary)

@@ -1,0 +1,90 @@
+"""The command line of every script: one way to parse flags, and one way to report a mistake.
+
+What a user got wrong is a ValueError or OSError; it ends in one sentence and exit code 2.
+"""
+
+import argparse
+import sys
+import traceback
+
+# What torch says where memory is full, on a CPU and on a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+CACHED = "python -m methods.cached_teacher --teacher_cache FILE"
+
+
+class Finished(Exception):
+    """Raised where a resumed command finds nothing left to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, and a word on where a flag has moved."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized") and "--teacher_cache" in message:
+            message = f"--teacher_cache has moved: {CACHED}"
+        super().error(message)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows a file's docstring as it stands."""
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+RANGES = {  # flag: (smallest, largest)
+    "seed": (0, 2**31), "steps": (1, 10**9), "flops": (1, 1e30), "seconds": (1e-3, 1e9),
+    "batch_size": (1, 2**20), "seq_len": (2, 2**20), "accumulation_steps": (1, 2**20),
+    "learning_rate": (1e-12, 100.0), "warmup": (0, 10**9), "weight_decay": (0.0, 100.0),
+    "grad_clip": (0.0, 1e9), "eval_every": (1, 10**9), "final_eval": (1, 10**9),
+    "patience": (0, 10**9), "alpha": (0.0, 1.0), "temperature": (1e-3, 1e3),
+    "data_share": (1e-6, 1.0), "tag_weight": (0.0, 1e6), "think_weight": (0.0, 1e6),
+    "answer_weight": (0.0, 1e6), "k": (1, 2**20), "val_share": (0.01, 0.5),
+    "problems": (1, 10**9), "prompts": (1, 10**9), "test_problems": (1, 10**9),
+    "vocab_size": (263, 2**24), "samples": (1, 10**6), "max_new_tokens": (1, 10**6),
+}  # fmt: skip
+
+
+def check_ranges(args) -> None:
+    """Raise ValueError, naming the flag and its range, for a value outside it."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # also refuses NaN
+            raise ValueError(f"--{name} {value} must be between {low:g} and {high:g}")
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could otherwise command the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)
+
+
+def end_alone(code: int, message: str | None) -> None:
+    """Report, and end this process unless all is well."""
+    if message is not None:
+        print(printable(message), file=sys.stderr)  # it may quote a stranger's file
+    if code:
+        sys.exit(code)
+
+
+end_process = end_alone  # run/parallel.py puts its own here where there are several processes
+
+
+def command_line(main, args=None) -> None:
+    """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
+    code, message = 0, None
+    try:
+        main(args)
+    except Finished as reason:
+        print(reason)
+    except (ValueError, OSError) as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt as stop:
+        code, message = 130, str(stop) or "stopped"
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            reason = (str(error) or "MemoryError").splitlines()[0][:200]
+            cure = "lower --batch_size or --seq_len, raise --accumulation_steps, or take a smaller"
+            code, message = 2, f"error: out of memory ({reason}): {cure} model"
+        elif end_process is end_alone:
+            raise
+        else:
+            code, message = 1, traceback.format_exc()
+    end_process(code, message)

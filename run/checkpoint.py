@@ -1,0 +1,107 @@
+"""The folder of a run, and the states that an unfinished run goes on from.
+
+    config.json, model.safetensors, tokenizer.json ...   the last weights: a Hugging Face folder
+    best/                                                 the same, of the lowest held-out loss
+    log.csv                                               one row per logged step
+    run.json                                              what ran, where, and what came out
+    resume/state-000000400-9f86d081884c7d65.pt            only while the run is unfinished
+
+A state holds everything that the next step depends on. Its name has the step, and the first digits
+of the file's sha256: a state and its checksum appear in one rename, so no crash can leave one
+without the other. Two are kept: the newest may be the one that the disk spoilt. Only tensors and
+plain values are read (weights_only): a pickle that runs code is refused.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from files import Finished, atomic_path, file_hash, lock, read_json, sync_folder, write_json
+
+from . import parallel
+
+STATES_KEPT, HASH_DIGITS = 2, 16
+NOT_IN_RESULT = ("out", "resume", "overwrite", "fsdp")  # flags that do not change what is computed
+
+
+class RunFolder:
+    """args.out: refuses to lose a run that is already there, or goes on with it."""
+
+    def __init__(self, args):
+        self.path = Path(args.out)
+        self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+    def open(self, resume: bool, overwrite: bool) -> tuple[dict | None, str]:
+        """Lock the folder; returns the state to go on from, or None, and where it was found.
+
+        Raises Finished where nothing is left to resume, ValueError where a run would be lost.
+        """
+        if parallel.is_main():
+            lock(self.path)
+        record, states = self.path / "run.json", list(self.path.glob("resume/state-*.pt"))
+        state, source = None, ""
+        if resume and record.is_file():
+            self.check_same_flags(read_json(record)["args"])
+            raise Finished(f"{self.path}: finished already, nothing to resume")
+        if resume and states:
+            file, state, refused = newest_state(self.path / "resume")
+            self.check_same_flags(state["flags"])
+            source = "; ".join([file.name, *refused])
+        elif resume:
+            print(f"{self.path}: no state to resume, starting at step 0")
+        elif (record.is_file() or states) and not overwrite:
+            raise ValueError(
+                f"{self.path} already holds a run: pass --resume to go on with it, --overwrite "
+                "to replace it, or another --out"
+            )
+        parallel.barrier()  # nothing is written before all processes have read
+        if parallel.is_main():
+            if overwrite:
+                record.unlink(missing_ok=True)
+                shutil.rmtree(self.path / "resume", ignore_errors=True)
+            for left in self.path.glob("**/*.tmp"):  # of a process that was killed
+                left.unlink()
+            write_json(self.path / "resume" / "flags.json", self.flags)
+        return state, source
+
+    def check_same_flags(self, before: dict) -> None:
+        for name, value in self.flags.items():
+            if name not in NOT_IN_RESULT and before.get(name) != value:
+                raise ValueError(
+                    f"cannot resume {self.path} with --{name} {value}: it ran with "
+                    f"{before.get(name)}; use that, or another --out"
+                )
+
+    def save_state(self, step: int, state: dict) -> None:
+        """Add a state, drop all but the newest ones. To be called by rank 0."""
+        folder = self.path / "resume"
+        with atomic_path(folder / "state.new") as temporary:
+            torch.save({**state, "flags": self.flags}, temporary)
+        digits = file_hash(folder / "state.new")[:HASH_DIGITS]
+        (folder / "state.new").replace(folder / f"state-{step:09d}-{digits}.pt")
+        sync_folder(folder)
+        for old in sorted(folder.glob("state-*.pt"))[:-STATES_KEPT]:
+            old.unlink()
+
+    def finish(self, record: dict) -> None:
+        write_json(self.path / "run.json", record)
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+
+
+def newest_state(folder: Path) -> tuple[Path, dict, list[str]]:
+    """The newest state whose bytes have the sha256 that its name tells, and its path.
+
+    Third: what is wrong with newer ones. Raises ValueError where none is whole.
+    """
+    refused = []
+    for path in sorted(folder.glob("state-*.pt"), reverse=True):
+        try:
+            if not file_hash(path).startswith(path.stem.split("-")[-1]):
+                raise ValueError("its bytes are not those that were written")
+            return path, torch.load(path, map_location="cpu", weights_only=True), refused
+        except Exception as error:  # torch raises many types for a damaged file
+            refused.append(f"{path.name} is damaged ({str(error).splitlines()[0]})")
+    raise ValueError(
+        f"{folder} cannot be read ({'; '.join(refused)}): start again with --overwrite"
+    )

@@ -1,0 +1,163 @@
+"""One training run in seven words; every lesson and method is written with them.
+
+    run = Run(args)                        flags are checked, device, precision and seed settled
+    teacher = run.teacher(folder, data)    a frozen model that reads the data's tokens
+    student = run.student(name, data)      a new model, or a checkpoint to go on from
+    run.optimize(student, *more)           what learns, and what else is kept with it
+    for batch in run.batches(data):        micro-batches; between steps evaluation, log, saved state
+        with run.precision(): ...          the forward pass
+        run.step(loss, **parts)            backward; at a batch's end the update
+    run.finish()                           the last evaluation, the weights and run.json
+
+Each word is a few lines that call a module named after what it does. Data is any object with
+`batch(step, batch_size, seed)`, `held_out.evaluation(batch_size, most)`, and the attributes
+`vocab_size`, `tokenizer_folder`, `tokenizer_sha256`, `sha256`, `bytes_per_token` and `padded`.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from files import git_state
+from model import device as machine
+from model import load_for, make_or_load, weights_hash
+
+from . import parallel, shards
+from .batches import Accumulated, micro_batches
+from .flags import check_flags
+from .optimizer import Optimizer
+from .signals import StopSignal
+from .training import Training
+
+
+class Run:
+    """Keeps everything about a training run that its lesson is not about."""
+
+    def __init__(self, args):
+        parallel.start()
+        check_flags(args)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+        machine.prepare_process(args.seed, processes)
+        local_rank = int(os.environ["LOCAL_RANK"]) if parallel.world_size() > 1 else None
+        self.args, self.device = args, machine.choose_device(args.device, local_rank)
+        args.dtype = machine.choose_precision(args.dtype, self.device)
+        self.training = Training(args, self.device)
+        self.teachers: list[nn.Module] = []
+        self.sources: dict[str, str | list[str]] = {}  # hashes of what the run is made from
+
+    def teacher(self, folder, data) -> nn.Module:
+        """The frozen model of a checkpoint folder. Raises ValueError where there is none, or where
+        its tokenizer is not the data's."""
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"no teacher in '{folder}': make one with: python train_pretrain.py --out {folder}"
+            )
+        model = load_for(folder, data).requires_grad_(False)
+        self.sources.setdefault("teacher_sha256", []).append(weights_hash(folder))
+        self.teachers.append(self.to_device(model))
+        return self.teachers[-1]
+
+    def student(self, name: str, data) -> nn.Module:
+        """A new model of the preset `name`, or the checkpoint in the folder `name`. The first
+        student of a run is the one that is saved in --out and evaluated on the way."""
+        self.training.students.append(self.to_device(make_or_load(name, data.vocab_size)))
+        return self.training.students[-1]
+
+    def to_device(self, model: nn.Module) -> nn.Module:
+        model = shards.shard_model(model, self.device) if self.args.fsdp else model.to(self.device)
+        if self.args.compile:
+            model.model.compile()
+        return model
+
+    def optimize(self, *modules: nn.Module, **flags) -> None:
+        """Let modules learn, and keep their state. Frozen ones (an EMA copy) are only kept. Called
+        once more it makes a second optimizer; `flags` replace the run's (learning_rate=...)."""
+        modules = [module.to(self.device).train() for module in modules]
+        self.training.modules += modules
+        args = type(self.args)(**{**vars(self.args), **flags})
+        self.training.optimizers.append(Optimizer(modules, args))
+
+    def precision(self):
+        """A context for forward passes in --dtype; weights and losses stay float32."""
+        return machine.autocast(self.device, self.args.dtype)
+
+    def batches(self, data, sample: Callable | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """Micro-batches on the device until the budget is spent, under a progress bar.
+
+        sample(*batch, generator) -> batch: replaces each batch by one that is made from what the
+        student says; called without gradients, a function of (weights, seed, step). Ctrl-C and
+        SIGTERM end the loop after the step that is running: the state is saved.
+        """
+        args, training, meter = self.args, self.training, self.training.meter
+        self.sources |= {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256}
+        training.begin(data)
+        count_parts = getattr(data, "micro_batches", lambda batch_size, parts: parts)
+        parts = count_parts(args.batch_size, args.accumulation_steps)
+        with StopSignal() as stop, training.progress:
+            while not training.is_over():
+                batch = data.batch(training.step, args.batch_size, args.seed)
+                if sample is not None:
+                    batch = self.sampled(sample, batch)
+                self.batch = Accumulated(batch, self.device)
+                pieces = list(micro_batches(batch, parts, data.padded and sample is None))
+                for number, (piece, self.piece_labels) in enumerate(pieces, start=1):
+                    self.is_last = number == len(pieces)
+                    piece = tuple(x.to(self.device) for x in piece)
+                    with ExitStack() as self.metering:  # until `step`
+                        kind = f"batch {tuple(piece[0].shape)}"
+                        self.metering.enter_context(meter.count(kind, piece[0].numel()))
+                        self.stepped = False
+                        yield piece
+                        assert self.stepped, "every micro-batch needs one run.step(loss)"
+                training.after_step(self.batch, stop.number is not None)
+
+    def sampled(self, sample: Callable, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seed = self.args.seed * 2**32 + self.training.step
+        generator = torch.Generator(self.device).manual_seed(seed)
+        batch = (x.to(self.device) for x in batch)
+        counted = self.training.meter.count("sampling", 1)
+        with torch.no_grad(), self.precision(), machine.not_compiled(self.args.compile), counted:
+            return sample(*batch, generator)
+
+    def step(self, loss: Tensor, weight: Tensor | None = None, **parts: Tensor) -> bool:
+        """Add the gradient of this micro-batch's loss; with the batch's last one, change the
+        weights. Returns whether it did.
+
+        loss: a mean over `weight` things, by default the labels that are not -100. Micro-batches
+        and processes count by it, so a batch has one loss however it is cut. parts: named means
+        over the same things, for the log.
+        """
+        self.batch.add(loss, parts, self.piece_labels, weight)
+        self.metering.close()
+        self.stepped = True
+        if self.is_last:
+            self.training.update(self.batch)
+        return self.is_last
+
+    def finish(self) -> dict:
+        """Evaluate beside the teacher, write the last weights and run.json; returns the record."""
+        training, meter = self.training, self.training.meter
+        teacher = self.teachers[0] if self.teachers else None
+        metrics = training.evaluate(self.args.final_eval, teacher)
+        record = {
+            "argv": sys.argv, "args": training.folder.flags, "seed": self.args.seed, **git_state(),
+            "config": training.students[0].config.to_json(), "sources": self.sources,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": machine.describe_device(self.device), "threads": torch.get_num_threads(),
+            "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),
+            "steps": training.step, "tokens": meter.tokens, "flops": meter.flops,
+            "seconds": round(meter.seconds(), 2),
+            "peak_memory_mb": machine.peak_memory_mb(self.device),
+            "best_val_loss": training.best_loss, "best_step": training.best_step,
+            "metrics": metrics,
+        }  # fmt: skip
+        training.finish(record)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{self.args.out}: {shown}, {record['seconds']:.0f} s")
+        return record

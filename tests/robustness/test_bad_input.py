@@ -1,0 +1,459 @@
+"""Whatever a user gives: exit code 2, one sentence that names the value and the cure, and nothing
+on disk changed.
+
+A case is the command, the files that it is given (name: content) and what the sentence must say.
+In commands {data} is a prepared folder, {teacher} a checkpoint of its vocabulary, {in} the folder
+of the files. Copies of both, to be spoilt, are made by "copy: what to do" entries.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_distill_reason
+import train_distillation
+import train_pretrain
+from bench import benchmark, costs
+from dataset import make_traces, prepare, teacher_cache
+from dataset.teacher_cache import HEADER_BYTES
+from eval import chat, perplexity, plots, reasoning
+from files import command_line, printable
+from methods import cached_teacher
+from model import ModelConfig, Transformer, load_model, save_model
+
+COMMANDS = {
+    "prepare": prepare,
+    "pretrain": train_pretrain,
+    "distill": train_distillation,
+    "reason": train_distill_reason,
+    "traces": make_traces,
+    "cache": teacher_cache,
+    "cached": cached_teacher,
+    "perplexity": perplexity,
+    "eval.reasoning": reasoning,
+    "chat": chat,
+    "plots": plots,
+    "benchmark": benchmark,
+    "costs": costs,
+}
+FAST = "--steps 2 --batch_size 2 --seq_len 32 --device cpu"
+
+
+def line(*turns, **more) -> str:
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    listed = [{"role": names.get(role, role), "content": content} for role, content in turns]
+    return json.dumps({"conversations": listed, **more}) + "\n"
+
+
+GOOD = "".join(
+    line(
+        ("u", f"How many {n}?"),
+        ("a", f"<think>\n{n}\n</think>\n<answer>\n{n}\n</answer>"),
+        answer=n,
+    )
+    for n in range(80)
+)
+PRETRAIN_CHAT = f"pretrain --model {{teacher}} --data {{in}}/x.jsonl {FAST} --seq_len 200"
+CHAT = f"distill --teacher {{teacher}} --data {{in}}/x.jsonl {FAST} --seq_len 200"
+REASON = f"reason --student {{teacher}} --data {{in}}/x.jsonl {FAST} --seq_len 200"
+DISTILL = f"distill --teacher {{teacher}} --data {{data}} {FAST}"
+CACHED = f"cached --teacher {{teacher}} --data {{data}} {FAST}"
+PRETRAIN = f"pretrain --model nano --data {{data}} {FAST}"
+TEXT = "--text {in}/x.txt"
+JSONL = "--jsonl {in}/x.jsonl"
+BAD_DATA = "--data {in}/d"
+BAD_TEACHER = "--teacher {in}/t"
+PREPARE = "prepare --vocab_size 300 --problems 20 --prompts 5 --test_problems 5 --out new"
+
+
+def edit_json(name, **values):
+    """Change a JSON file of a copied folder."""
+
+    def edit(folder: Path):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return edit
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def put(name, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def flip(name):
+    def edit(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[-100] ^= 8
+        (folder / name).write_bytes(content)
+
+    return edit
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def other_vocabulary(folder):
+    (folder / "manifest.json").unlink()
+    save_model(Transformer(ModelConfig.preset("nano", 300)), folder)
+
+
+def untagged(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace("<think>", "<thonk>"), "utf-8")
+
+
+def cache_file(**wrong) -> bytes:
+    """A teacher cache of no window, but for what `wrong` changes in its header."""
+    header = dict(method="hidden", windows=0, seq_len=2, k=0, vocab_size=9, teacher_width=4)
+    return json.dumps({**header, **wrong}).encode().ljust(HEADER_BYTES)
+
+
+# (command, files and copies, what the sentence says)
+CASES = [
+    # Text and jsonl for prepare.
+    (f"{PREPARE} --text {{in}}/no.txt", {}, "no.txt does not exist"),
+    (f"{PREPARE} {TEXT}", {"x.txt": ""}, "x.txt is empty"),
+    (f"{PREPARE} {TEXT}", {"x.txt": " \n\t\n"}, "x.txt is empty"),
+    (f"{PREPARE} {TEXT}", {"x.txt": b"abc\xff\xfe"}, "x.txt is not UTF-8.*byte 3"),
+    (f"{PREPARE} {TEXT}", {"x.txt": bytes(range(128, 256)) * 9}, "not UTF-8"),
+    (f"{PREPARE} --text {{in}}", {"x.pdf": "text"}, "no .txt or .md file in the folder"),
+    (f"{PREPARE} {TEXT}", {"x.txt": "a"}, "too short|needs|add"),
+    (f"{PREPARE} --jsonl {{in}}/no.jsonl", {}, "no.jsonl does not exist"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": ""}, "x.jsonl is empty"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": '{"text": "a"}\n{"te'}, "line 2 is not valid"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": "[1, 2]\n"}, "line 1 must be a JSON object"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": "7\n"}, "line 1 must be .* not a int"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": '{"txt": "a"}\n'}, 'line 1 needs .*"text"'),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": '{"text": 3}\n'}, 'line 1 needs .*"text"'),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": '{"text": ""}\n'}, 'line 1 needs .*"text"'),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": b"\xff\xfe{}\n"}, "line 1 is not valid"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": b"\x00" * 99 + b"\n"}, "line 1 is not valid"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": "[" * 100_000 + "\n"}, "line 1 is not valid"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": '{"text": "\\ud800"}\n'}, "line 1 is not"),
+    (f"{PREPARE} {TEXT} --vocab_size 10", {"x.txt": "a b\n" * 99}, "--vocab_size 10"),
+    (f"{PREPARE} {TEXT} --val_share 0.9", {"x.txt": "a\n"}, "--val_share 0.9"),
+    (f"{PREPARE} {TEXT} --val_share nan", {"x.txt": "a\n"}, "--val_share nan"),
+    (f"{PREPARE} {TEXT} --problems 0", {"x.txt": "a\n"}, "--problems 0 must be"),
+    (f"{PREPARE} {TEXT} --tokenizer nowhere", {"x.txt": "a b\n" * 99}, "no tokenizer"),
+    (f"{PREPARE} {TEXT} --reason {{in}}/r", {"x.txt": "a\n" * 9, "r": "{}"}, "r line 1"),
+    (
+        f"{PREPARE} {TEXT} --reason {{in}}/r",
+        {"x.txt": "a\n" * 9, "r": '{"question": "?", "answer": "4"}\n'},
+        "r line 1 needs .*#### 42",
+    ),
+    (
+        f"{PREPARE} {TEXT} --reason {{in}}/r",
+        {"x.txt": "a\n" * 9, "r": '{"question": "?", "answer": "so #### four"}\n'},
+        "r line 1: the answer after #### is 'four'",
+    ),
+    # Prepared folders that are not whole.
+    (f"pretrain --data nowhere {FAST}", {}, "no prepared data in 'nowhere': make it with"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", cut("train.bin", 50))}, "train.bin does not hold"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", remove("val.bin"))}, "val.bin does not hold"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"{"))}, "not valid JSON"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"[]"))}, "must hold a JSON"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"{}"))}, "meta.json is damaged"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", edit_json("meta.json", train=3))}, "is damaged"),
+    (f"{PRETRAIN} --seq_len 999999", {}, "less than one window of 999999: lower --seq_len"),
+    # Flags.
+    *(
+        (f"{PRETRAIN} {flag}", {}, flag.replace("+", "").replace(" ", " ").split(" ")[0])
+        for flag in (
+            *("--steps 0", "--steps -5", "--batch_size 0", "--seq_len 1", "--seed -1"),
+            *("--accumulation_steps 0", "--accumulation_steps 3", "--learning_rate 0"),
+            *("--learning_rate nan", "--learning_rate inf", "--learning_rate -1", "--warmup -1"),
+            *("--weight_decay -1", "--grad_clip -1", "--grad_clip nan", "--eval_every 0"),
+            *(
+                "--final_eval 0",
+                "--patience -1",
+                "--data_share 0",
+                "--data_share 1.5",
+                "--device abacus",
+            ),
+        )
+    ),
+    *(
+        (f"pretrain --data {{data}} --device cpu {flag}", {}, flag.split(" ")[0])
+        for flag in ("--flops 0", "--flops nan", "--flops inf", "--seconds 0", "--seconds -3")
+    ),
+    (f"{PRETRAIN} --model huge", {}, "no model preset or checkpoint folder 'huge'"),
+    (f"{PRETRAIN} --fsdp", {}, "--fsdp shards .* torchrun"),
+    (f"{DISTILL} --alpha 1.5", {}, "--alpha 1.5 must be between 0 and 1"),
+    (f"{DISTILL} --alpha nan", {}, "--alpha nan must be between"),
+    (f"{DISTILL} --temperature 0", {}, "--temperature 0.0 must be between"),
+    (f"{DISTILL} --temperature -2", {}, "--temperature -2.0 must be between"),
+    (f"{REASON} --tag_weight -1", {"x.jsonl": GOOD}, "--tag_weight -1.0 must be between"),
+    (f"{CHAT} --data_share 0.5", {"x.jsonl": GOOD}, "--data_share needs .* prepared folder"),
+    # Checkpoints.
+    (f"{DISTILL} --teacher nowhere", {}, "no teacher in 'nowhere': make one with"),
+    (f"{DISTILL} --teacher {{in}}", {"x": "y"}, "no checkpoint in|no tokenizer in|does not exist"),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", cut("model.safetensors", 99))}, "readable"),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", flip("model.safetensors"))}, "is damaged"),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", put("model.safetensors", pickle.dumps({"a": 1})))},
+        "is not a readable safetensors file",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", put("model.safetensors", b"\xff" * 8 + b"{}"))},
+        "is not a readable safetensors file",
+    ),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", remove("model.safetensors"))}, "only safet"),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", put("config.json", b"not"))}, "valid JSON"),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", remove("config.json"))}, "config.json does"),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", architectures=["GPT2LMHeadModel"]))},
+        "architecture 'GPT2LMHeadModel' is not supported",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", hidden_size=128))},
+        "has shape|hidden_size",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", num_hidden_layers=-1))},
+        "num_hidden_layers = -1 must be a positive integer",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", hidden_act="gelu"))},
+        "hidden_act = 'gelu' is not supported",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", rope_scaling={"rope_type": "yarn"}))},
+        "rope_type = 'yarn' is not supported",
+    ),
+    *(
+        (command, {"t": ("teacher", put("tokenizer.json", b"{}")), "x.jsonl": GOOD}, said)
+        for said in (
+            "the tokenizer of .*/t .*vocabulary 400.* both must use one tokenizer; re-train",
+        )
+        for command in (
+            f"{DISTILL} {BAD_TEACHER}",
+            f"{REASON} {BAD_TEACHER}",
+            f"{CACHED} {BAD_TEACHER}",
+        )
+    ),
+    (f"{DISTILL} --student {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
+    (f"{PRETRAIN} --model {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", num_hidden_layers=10**9))},
+        "num_hidden_layers = 1000000000 must be at most 1000",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", vocab_size=10**18))},
+        "vocab_size = 10+ must be at most",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", architectures=7))},
+        "architecture '7' is not supported",
+    ),
+    (
+        f"{DISTILL} {BAD_TEACHER}",
+        {"t": ("teacher", edit_json("config.json", architectures=["\x1b]0;owned\x07\x9b2J"]))},
+        "architecture '\ufffd]0;owned\ufffd\ufffd2J' is not supported",
+    ),
+    # Teacher caches.
+    (CACHED, {}, "no teacher cache in .*sample.cache': make it with: python -m dataset.teach"),
+    (f"{CACHED} --fsdp", {}, "--fsdp has no whole teacher"),
+    (f"{CACHED} --data {{in}}/x.jsonl", {"x.jsonl": GOOD}, "no prepared data in .*x.jsonl"),
+    (f"{CACHED} --alpha -1", {"x": "rubbish"}, "--alpha -1.0 must be between 0 and 1"),
+    (f"{CACHED} --teacher_cache {{in}}/no.cache", {}, "no teacher cache in .*no.cache"),
+    (f"{CACHED} --teacher_cache {{in}}/x", {"x": "rubbish"}, "x is not a teacher cache"),
+    (f"{CACHED} --teacher_cache {{in}}/x", {"x": b"\x80" * 9000}, "x is not a teacher cache"),
+    *(
+        (f"{CACHED} --teacher_cache {{in}}/x", {"x": cache_file(**wrong)}, said)
+        for wrong, said in (
+            ({"windows": -1}, "x is not a teacher cache .windows -1"),
+            ({"windows": 2.0}, "x is not a teacher cache .windows 2.0"),
+            ({"seq_len": 10**11}, "x is not a teacher cache|its header says"),
+            ({"windows": 10**12}, "its header says 16,000,000,004,096"),
+            ({"method": "\x1b[2J"}, "x is not a teacher cache .method"),
+            ({"k": "8"}, "x is not a teacher cache .k '8'"),
+        )
+    ),
+    ("cache --teacher nowhere --data {data} --seq_len 16", {}, "no checkpoint in 'nowhere'"),
+    ("cache --teacher {teacher} --data {data} --seq_len 16 --k 500", {}, "--k 500 must be between"),
+    ("cache --teacher {teacher} --data {data} --seq_len 1", {}, "--seq_len 1 must be between"),
+    # Conversations.
+    (CHAT, {}, "x.jsonl does not exist"),
+    (CHAT, {"x.jsonl": ""}, "x.jsonl is empty"),
+    (CHAT, {"x.jsonl": GOOD + "{\n"}, "x.jsonl line 81 is not valid JSON"),
+    (CHAT, {"x.jsonl": GOOD + '{"conversations": []}\n'}, 'line 81 needs "conversations"'),
+    (CHAT, {"x.jsonl": GOOD + '{"conversations": "hi"}\n'}, 'line 81 needs "conversations"'),
+    (CHAT, {"x.jsonl": GOOD + '{"messages": []}\n'}, 'line 81 needs "conversations"'),
+    (CHAT, {"x.jsonl": GOOD + line(("robot", "hi"), ("a", "yes"))}, "line 81: role 'robot' must"),
+    (CHAT, {"x.jsonl": GOOD + line(("u", "hi"))}, "line 81 has no assistant turn"),
+    (CHAT, {"x.jsonl": GOOD + line(("u", "hi"), ("a", ""))}, "line 81 has no assistant turn"),
+    (CHAT, {"x.jsonl": GOOD + line(("u", "hi"), ("a", None))}, "line 81: the assistant turn needs"),
+    (CHAT, {"x.jsonl": GOOD + '{"conversations": [3]}\n'}, "line 81: role 3 must be one of"),
+    (
+        CHAT,
+        {"x.jsonl": GOOD + line(("u", "long " * 300), ("a", "short"))},
+        "line 81: no word of the assistant is within the first 200 tokens",
+    ),
+    (CHAT, {"x.jsonl": line(("u", "one"), ("a", "line"))}, "none of its 1 conversations"),
+    (PRETRAIN_CHAT, {"x.jsonl": GOOD + "{\n"}, "x.jsonl line 81 is not valid JSON"),
+    (
+        f"{PRETRAIN_CHAT} --model nano --tokenizer nowhere",
+        {"x.jsonl": GOOD},
+        "no tokenizer in 'nowhere'",
+    ),
+    (REASON, {}, "x.jsonl does not exist"),
+    (REASON, {"x.jsonl": GOOD + "nope\n"}, "x.jsonl line 81 is not valid JSON"),
+    (f"{REASON} --teacher nowhere", {"x.jsonl": GOOD}, "no teacher in 'nowhere': make"),
+    (f"reason {FAST}", {}, "no student in 'out/student': make one with"),
+    (
+        f"{REASON} --student nano --tokenizer nowhere",
+        {"x.jsonl": GOOD},
+        "no tokenizer in 'nowhere'",
+    ),
+    (
+        f"{REASON} --student {{in}}/t",
+        {"x.jsonl": GOOD, "t": ("teacher", untagged)},
+        "the tokenizer has no token '<think>'|tokenizer",
+    ),
+    # Writing and judging replies.
+    ("traces --teacher nowhere --prompts {data}/reason_prompts.jsonl", {}, "no checkpoint in"),
+    ("traces --teacher {teacher} --prompts {in}/no", {}, "no does not exist"),
+    ("traces --teacher {teacher} --prompts {in}/x", {"x": line(("u", "?"))}, '1 needs .*"answer"'),
+    ("traces --teacher {teacher} --samples 0", {}, "--samples must be at least 1"),
+    ("traces --teacher {teacher} --samples 2", {}, "--samples 2 at --temperature 0"),
+    ("eval.reasoning --model nowhere", {}, "no checkpoint in 'nowhere'|does not exist"),
+    ("eval.reasoning --model {teacher} --problems {in}/x", {"x": "{}\n"}, "line 1 needs"),
+    ("perplexity --model {teacher} --data nowhere", {}, "no prepared data in 'nowhere'"),
+    ("perplexity --model {teacher} --data {data} --seq_len 0", {}, "--seq_len 0 must be at"),
+    ("perplexity --model nowhere --data {data}", {}, "no checkpoint in 'nowhere'"),
+    ("chat --model nowhere", {}, "no checkpoint in 'nowhere'"),
+    ("chat --model {teacher} --temperature -1", {}, "--temperature -1.0 must be between"),
+    ("chat --model {teacher} --max_new_tokens 5000", {}, "--max_new_tokens 5000 must be"),
+    # Pictures and numbers.
+    ("plots --results nowhere", {}, "no results.csv below 'nowhere'"),
+    ("benchmark --against {in}/x", {"x": "a,b\n"}, "x is not a CSV of this benchmark|no size"),
+    ("costs --results nowhere.csv", {}, "nowhere.csv is not a CSV"),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(prepared_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad") / "teacher"
+    torch.manual_seed(0)
+    save_model(Transformer(ModelConfig.preset("nano", 400)), folder, prepared_folder)
+    return folder
+
+
+def snapshot(*folders) -> dict:
+    """Hash of every file; the empty files that stand for locks do not count."""
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 80 and {case[0].split()[0] for case in CASES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{CASES[n][0].split()[0]}")
+def test_bad_input(number, prepared_folder, teacher, tmp_path, monkeypatch, capsys):
+    command, files, message = CASES[number]
+    given = tmp_path / "in"
+    given.mkdir()
+    for name, content in files.items():
+        if isinstance(content, tuple):
+            source, spoil = content
+            shutil.copytree({"data": prepared_folder, "teacher": teacher}[source], given / name)
+            spoil(given / name)
+        else:
+            content = content if isinstance(content, bytes) else content.encode("utf-8")
+            (given / name).write_bytes(content)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    name, *words = command.replace("{data}", "{0}").replace("{teacher}", "{1}").split()
+    words = [w.replace("{in}", str(given)).format(prepared_folder, teacher) for w in words]
+    before = snapshot(tmp_path, prepared_folder, teacher)
+    module = COMMANDS[name]
+    with pytest.raises(SystemExit) as stopped:
+        command_line(module.main, module.parse_args(words))
+    said = capsys.readouterr().err.strip()
+    sentence = said.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert sentence.startswith("error: ") and "Traceback" not in said
+    assert re.search(message, sentence), sentence
+    assert printable(sentence) == sentence
+    assert len(said.splitlines()) == 1 or "it/s" in said, said
+    assert snapshot(tmp_path, prepared_folder, teacher) == before
+
+
+@pytest.mark.parametrize("script", [PRETRAIN_CHAT, CHAT, REASON])
+def test_bad_lines_are_counted_and_left_out(script, prepared_folder, teacher, tmp_path, capsys):
+    """The same weights as without them; the first three are shown."""
+    bad = ["{", '{"a": 1}', line(("robot", "hi")), line(("u", "?")), "[]"]
+    lines = GOOD.splitlines(keepends=True)
+    mixed = "".join(lines[:40]) + "\n".join(bad) + "\n" + "".join(lines[40:])
+    weights = []
+    for name, content, more in (("good", GOOD, ""), ("mixed", mixed, "--skip_bad")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text(content, "utf-8")
+        command = f"{script} {more} --out {tmp_path}/{name}/out"
+        command = command.replace("{in}", f"{tmp_path}/{name}")
+        command = command.format(data=prepared_folder, teacher=teacher)
+        module = COMMANDS[command.split()[0]]
+        module.main(module.parse_args(command.split()[1:]))
+        weights.append((tmp_path / name / "out" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    said = capsys.readouterr().out
+    assert "5 bad lines were left out:" in said and "and 2 more" in said
+    assert said.count("line 41 is not valid JSON") == 1
+
+
+# Hostile files.
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_no_pickle_is_ever_loaded(prepared_folder, teacher, tmp_path, monkeypatch, capsys):
+    """As weights, as other files of a folder, and as the state of a run."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(teacher, tmp_path / "t")
+    for name in ("pytorch_model.bin", "training_args.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="only safetensors checkpoints are read"):
+        load_model(folder)
+    folder = tmp_path / "run" / "resume"
+    folder.mkdir(parents=True)
+    torch.save(Bomb(), folder / "state")
+    digest = hashlib.sha256((folder / "state").read_bytes()).hexdigest()
+    state = (folder / "state").rename(folder / f"state-000000002-{digest[:16]}.pt")
+    words = PRETRAIN.format(data=prepared_folder).split()[1:]
+    with pytest.raises(ValueError, match=rf"{state.stem}\.pt is damaged"):
+        train_pretrain.main(train_pretrain.parse_args([*words, "--out", "run", "--resume"]))
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(Bomb()))  # the bomb works
+    assert (tmp_path / "exploded").exists()

@@ -1,0 +1,88 @@
+"""Short runs of every script on tiny data, for the tests that make some: argv_of(name, ...) is the
+script and its flags, without --out."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+import train_distill_reason
+import train_distillation
+import train_pretrain
+from dataset import teacher_cache
+from methods import cached_teacher
+from model import load_model
+from run.optimizer import Optimizer
+
+SMALL = ["--steps", "12", "--batch_size", "4", "--seq_len", "32", "--eval_every", "4"]
+SMALL += ["--warmup", "2", "--device", "cpu", "--dtype", "float32"]
+ALL = ("pretrain", "pretrain_chat", "distill", "distill_chat", "distill_fused")
+ALL += ("reason", "reason_kl", "cached")
+
+
+def run(script, *words) -> dict:
+    return script.main(script.parse_args([str(word) for word in words]))
+
+
+def make_teacher(folder, data):
+    run(train_pretrain, "--model", "nano", "--data", data, "--out", folder / "teacher", *SMALL)
+    return folder / "teacher"
+
+
+def cached(teacher, data, method="sample", k=8):
+    """The teacher's cache of `data`, made once."""
+    path = teacher.parent / f"{teacher.name}-{method}{k}.cache"
+    if not path.exists():
+        flags = ["--teacher", teacher, "--data", data, "--seq_len", "32", "--method", method]
+        run(teacher_cache, *flags, "--k", k, "--dtype", "float32", "--out", path)
+    return path
+
+
+def argv_of(name: str, data: Path, teacher: Path) -> list:
+    text = ["--teacher", teacher, "--data", data, *SMALL]
+    chats = ["--data", data / "reason_train.jsonl", *SMALL, "--seq_len", "256"]
+    fresh = ["--student", "nano", "--tokenizer", data]
+    return {
+        "pretrain": lambda: [train_pretrain, "--model", "nano", "--data", data, *SMALL],
+        "pretrain_chat": lambda: [train_pretrain, "--model", teacher, *chats],
+        "distill": lambda: [train_distillation, *text],
+        "distill_chat": lambda: [train_distillation, "--teacher", teacher, *chats],
+        "distill_fused": lambda: [train_distillation, *text, "--fused", "yes"],
+        "reason": lambda: [train_distill_reason, "--student", teacher, *chats],
+        "reason_kl": lambda: [train_distill_reason, *fresh, "--teacher", teacher, *chats],
+        "cached": lambda: [cached_teacher, *text, "--teacher_cache", cached(teacher, data)],
+    }[name]()
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same_bits(first, second) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def logged(folder, *columns) -> list[tuple]:
+    """Those columns of log.csv; all that two runs can share, where none is named."""
+    with open(Path(folder) / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = columns or [column for column in rows[0] if column != "seconds"]
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing of the script's own code runs after it."""
+
+
+def kill_in_update(monkeypatch, number: int) -> None:
+    """From now on the `number`-th update of an optimizer never comes."""
+    update, left = Optimizer.update, [number]
+
+    def update_or_die(self, rate):
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        update(self, rate)
+
+    monkeypatch.setattr(Optimizer, "update", update_or_die)
