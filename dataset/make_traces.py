@@ -4,9 +4,8 @@
     python train_distill_reason.py --data out/traces.jsonl --out out/from_teacher
 
 The student then learns from the teacher's words alone (sequence-level distillation: Kim & Rush
-2016, 1606.07947). --keep verified keeps a trace if its answer is the problem's, --keep all keeps
-any; --samples > 1 gives every problem several tries, and each different one may be kept. The output
-grows chunk by chunk; a second call resumes after the last chunk.
+2016, 1606.07947). --keep verified keeps a trace if its answer is the problem's, --keep all any;
+--samples > 1 gives every problem several tries. A second call resumes after the last whole chunk.
 """
 
 import argparse

@@ -27,7 +27,7 @@ def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id
     return {"dtype": np.dtype(dtype).name, "tokens": sum(len(ids) + 1 for ids in documents)}
 
 
-@lru_cache(maxsize=4)  # a step asks for the one before again
+@lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(count), the same on every machine for the same (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(count)

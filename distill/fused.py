@@ -65,10 +65,8 @@ def fused_loss(
     if alpha < 1 and teacher is None:
         raise ValueError(f"alpha {alpha} needs a teacher; without one use alpha 1")
     if alpha < 1 and len(teacher[1]) != len(student_head):
-        raise ValueError(
-            f"teacher vocabulary {len(teacher[1])} != student vocabulary {len(student_head)}: "
-            "both must use one tokenizer"
-        )
+        sizes = f"teacher vocabulary {len(teacher[1])} != student vocabulary {len(student_head)}"
+        raise ValueError(f"{sizes}: both must use one tokenizer")
     hidden, labels = student_hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
     valid = (labels != IGNORE).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = valid if weights is None else weights.flatten().to(valid) * valid
@@ -138,18 +136,16 @@ class FusedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), size):
                 rows = slice(start, start + size)
-                part, teacher_logits = hidden[rows].to(dtype), None
+                part, guess = hidden[rows].to(dtype), None
                 if alpha < 1:
-                    teacher_logits = F.linear(
-                        teacher_hidden[rows].to(dtype), teacher_head.to(dtype)
-                    )
-                    teacher_logits = teacher_logits.to(share.dtype)
+                    guess = F.linear(teacher_hidden[rows].to(dtype), teacher_head.to(dtype))
+                    guess = guess.to(share.dtype)
                 logits = F.linear(part, head_cast).to(share.dtype)
                 *values, logits_grad = of_chunk(
-                    logits, teacher_logits, labels[rows], share[rows], temperature, alpha
+                    logits, guess, labels[rows], share[rows], temperature, alpha
                 )
-                sums += torch.stack([torch.as_tensor(value).detach().to(sums) for value in values])
-                logits_grad = logits_grad.to(dtype)
+                values = [torch.as_tensor(value).detach().to(sums) for value in values]
+                sums, logits_grad = sums + torch.stack(values), logits_grad.to(dtype)
                 if need_hidden:  # logits = hidden @ head.T
                     hidden_grad[rows] = (logits_grad @ head_cast).to(hidden_grad)
                 if need_head and dtype == head_grad.dtype:

@@ -64,12 +64,9 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
             f"student logits {tuple(student_logits.shape)} and teacher logits "
             f"{tuple(teacher_logits.shape)} differ in shape: both need one batch and one vocabulary"
         )
+    student_log_probs = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     teacher_logits = at_least_float32(teacher_logits.detach())
-    student_logits = at_least_float32(student_logits)
-    if temperature != 1.0:
-        teacher_logits, student_logits = teacher_logits / temperature, student_logits / temperature
-    teacher_log_probs = teacher_logits.log_softmax(-1)
-    student_log_probs = student_logits.log_softmax(-1)
+    teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
     teacher_probs = teacher_log_probs.exp()
     terms = teacher_probs * (teacher_log_probs - student_log_probs)
     # 0 log 0 = 0: a token that the teacher rules out (a logit of -inf) adds nothing.
@@ -84,9 +81,8 @@ def distillation_loss(
 ) -> Tensor:
     """T^2 * KL(teacher || student), a scalar: the mean over tokens where mask is true.
 
-    student_logits, teacher_logits: (B, S, V). mask: (B, S), bool, or non-negative weights.
-    The teacher gets no gradient. Raises ValueError for shapes that differ or a temperature that
-    is not positive.
+    student_logits, teacher_logits: (B, S, V). mask: (B, S), bool, or non-negative weights. Raises
+    ValueError for shapes that differ or a temperature that is not positive.
     """
     per_token = kl_divergence(student_logits, teacher_logits, temperature)
     return temperature**2 * weighted_mean(per_token, mask)

@@ -145,7 +145,8 @@ def load_for(folder, data, device="cpu") -> Transformer:
 
 
 def make_or_load(name: str, vocab_size: int, device="cpu") -> Transformer:
-    """A new model of preset `name`, or of the folder `name`, whose vocabulary must be that."""
+    """A new model of preset `name`, or the folder `name`'s; raises ValueError if its vocabulary
+    is not vocab_size."""
     if name in PRESETS or not Path(name).exists():
         return Transformer(ModelConfig.preset(name, vocab_size)).to(device)
     model = load_model(name, device)

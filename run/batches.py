@@ -19,11 +19,9 @@ COLUMNS = 32
 def micro_batches(batch: tuple[Tensor, ...], parts: int, padded: bool) -> Iterator[tuple]:
     """Cut the batch's rows into `parts` pieces; yield (piece, how many labels it has to learn).
 
-    Of N processes each takes every Nth row, so that long and short rows are dealt evenly.
-
-    padded: a piece ends at its last label; what stands to the right of it (padding) cannot matter
-    under causal attention. Where rows are sorted by length this removes most padding. Pieces
-    without a label are left out.
+    Of N processes each takes every Nth row, so that long and short rows are dealt evenly. Pieces
+    without a label are left out. padded: a piece ends at its last label; what stands to the right
+    of it cannot matter under causal attention.
     """
     size = parallel.world_size()
     of_ranks = [list(pieces_of_rank(batch, parts, padded, rank, size)) for rank in range(size)]
@@ -52,8 +50,7 @@ class Accumulated:
 
     def __init__(self, batch: tuple[Tensor, ...], device: torch.device):
         self.input_ids, self.labels = batch[0], int((batch[1] != -100).sum())
-        self.loss = torch.zeros((), device=device)
-        self.parts: dict[str, Tensor] = {}
+        self.loss, self.parts = torch.zeros((), device=device), {}
         self.weight: Tensor | None = None  # sum of the lesson's own denominators, over labels
 
     def add(self, loss: Tensor, parts: dict, labels: int, weight: Tensor | None) -> None:

@@ -25,17 +25,12 @@ class Optimizer:
         matrices, embeddings, vectors, extra = [], [], [], []
         for module in modules:
             for name, parameter in module.named_parameters():
-                if not hasattr(module, "lm_head"):
-                    kind = extra
-                elif parameter.ndim < 2:
-                    kind = vectors
-                else:
-                    embeds = "embed_tokens" in name or "lm_head" in name
-                    kind = embeddings if embeds else matrices
+                embeds = "embed_tokens" in name or "lm_head" in name
+                kind = vectors if parameter.ndim < 2 else embeddings if embeds else matrices
+                kind = kind if hasattr(module, "lm_head") else extra
                 if parameter.requires_grad:
                     kind.append(parameter)
-        rate, decay = args.learning_rate, args.weight_decay
-        muon = args.optimizer == "muon"
+        rate, decay, muon = args.learning_rate, args.weight_decay, args.optimizer == "muon"
         groups = [
             {"params": embeddings, "weight_decay": decay},
             {"params": vectors, "weight_decay": 0.0},  # a norm's scale should not shrink
@@ -43,9 +38,8 @@ class Optimizer:
         ]
         self.parts: list[torch.optim.Optimizer] = []
         if muon and matrices:
-            same = "match_rms_adamw"  # the size of the update
-            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn=same)
-            self.parts.append(muon)
+            size = {"adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, **size))
         # Sharded and whole tensors may not be in one optimizer.
         for some in (groups, [{"params": extra, "weight_decay": 0.0}]):
             some = [group for group in some if group["params"]]

@@ -49,9 +49,8 @@ def start() -> None:
 def end_process(code: int, message: str | None) -> None:
     """End this process, one of several; the first one to fail says why.
 
-    One that failed leaves the connections open: closing them waits for the others, which may be
-    waiting for it (torchtitan #1342). The interpreter is not taken down either: gloo's threads can
-    still hold tensors then, and abort (pytorch #179291).
+    One that failed leaves the connections open: closing them waits for the others (torchtitan
+    #1342). Nor is the interpreter taken down: gloo's threads may hold tensors (pytorch #179291).
     """
     if message is not None and is_first_failure():
         command.end_alone(0, message)

@@ -15,10 +15,7 @@ from . import parallel
 
 
 def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put this process's part of a Transformer on its device.
-
-    The model comes on the CPU, so that no device ever holds more than one whole layer.
-    """
+    """Put this process's part of a Transformer, which comes on the CPU, on its device."""
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -45,9 +42,7 @@ def is_sharded(value) -> bool:
 
 def gather(value):
     """The same dict or list with every sharded tensor whole, on the CPU of rank 0; others get None.
-
-    To be called by all processes. Nothing changes where nothing is sharded.
-    """
+    To be called by all processes."""
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, list):

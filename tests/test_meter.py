@@ -1,4 +1,4 @@
-"""What a run costs: operations counted by hand, budgets of operations and seconds, and the rule that
+"""What a run costs: operations counted by hand, budgets of operations and seconds, and that
 counting changes nothing."""
 
 import argparse
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 
 
 def products_by_hand(B, S):
-    """Multiply-adds of the matrices and of attention in one forward pass, each pair two operations."""
+    """Operations of the matrices and of attention in one forward pass: two per multiply-add."""
     D, H, K, d, F, V, L = 8, 4, 2, 6, 12, 11, 2
     layer = D * H * d + 2 * D * K * d + H * d * D + 3 * D * F  # q, k and v, o, gate, up and down
     matrices = 2 * B * S * (L * layer + D * V)
@@ -31,7 +31,7 @@ def products_by_hand(B, S):
 
 
 def test_a_forward_and_backward_pass_by_hand():
-    """Backward has two products for each of forward's; attention five, as it makes the maps again."""
+    """Backward has two products for each of forward's; attention five: it makes the maps again."""
     model, ids = Transformer(CONFIG), torch.randint(0, 11, (3, 5))
     matrices, attention = products_by_hand(3, 5)
     with CountFlops() as counter:
@@ -56,7 +56,7 @@ def test_the_formula_of_attention_is_that_of_its_products():
 
 
 def test_generation_is_counted():
-    """It runs in inference mode, where a layer arrives as one operation. 3 tokens are read, then 2."""
+    """In inference mode, where a layer arrives as one operation. 3 tokens are read, then 2."""
     model = Transformer(CONFIG)
     with CountFlops() as counter:
         generate(model, [[1, 2, 3]], 3, stop_ids=())

@@ -555,9 +555,7 @@ def test_attention_learns_in_float32_under_bfloat16():
     exact = F.scaled_dot_product_attention(*wide, is_causal=True)
     assert torch.equal(mixed, exact)
     for ours, theirs in zip(
-        torch.autograd.grad(mixed.sum(), low),
-        torch.autograd.grad(exact.sum(), wide),
-        strict=True,
+        torch.autograd.grad(mixed.sum(), low), torch.autograd.grad(exact.sum(), wide), strict=True
     ):
         assert torch.equal(ours, theirs.bfloat16())
 
