@@ -238,7 +238,7 @@ def main(args) -> list[dict]:
         if args.peers and group == "distillation":
             from .peers import peer_variants  # needs requirements-bench.txt
 
-            variants |= peer_variants(size, device)
+            variants |= peer_variants(size, Pair(size, device, compiled=False), device)
         where = {"device": machine.describe_device(device), "torch": torch.__version__}
         for row in take_turns(variants, rounds, device, f"{group} {size}"):
             row = {"group": group, "size": size, **row, "rounds": rounds, **where}

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from model import ModelConfig
 
-from .benchmark import Pair
 from .timing import Variants
 
 STEPS = 30  # of one train()
@@ -35,8 +34,8 @@ def llama(size: str):
     return LlamaForCausalLM(LlamaConfig.from_dict(ModelConfig.preset(size, 1024).to_json()))
 
 
-def minimind_step(pair: Pair) -> Callable[[], int]:
-    """alpha = 0.5, T = 1."""
+def minimind_step(pair) -> Callable[[], int]:
+    """alpha = 0.5, T = 1; pair: a benchmark's Pair."""
     valid = torch.ones_like(pair.labels).flatten()
 
     def step() -> int:
@@ -56,8 +55,8 @@ def minimind_step(pair: Pair) -> Callable[[], int]:
     return step
 
 
-def peer_variants(sizes: str, device) -> Variants:
-    """The same steps on the same tokens, vocabulary 1,024. Raises ValueError without TRL."""
+def peer_variants(sizes: str, pair, device) -> Variants:
+    """The same steps on the tokens of `pair`, vocabulary 1,024. Raises ValueError without TRL."""
     try:
         from datasets import Dataset
         from transformers import PreTrainedTokenizerFast, PrinterCallback
@@ -74,7 +73,6 @@ def peer_variants(sizes: str, device) -> Variants:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w0"
     )
-    pair = Pair(sizes, device, compiled=False)
     input_ids = pair.input_ids
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     batch["labels"] = input_ids.clone()
