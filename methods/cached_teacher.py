@@ -8,15 +8,15 @@
     hidden    the teacher's hidden state:                the whole KL, one matrix product more
 
 topk is blind to what it dropped, tail to how that is spread: both are biased. sample is right on
-average (2503.16870), hidden is exact. KL points from teacher to student; means are over labels that
-are not -100. Charged: nothing of the teacher. Trap: float16 probabilities do not sum to 1.
+average (2503.16870), hidden is exact. KL points to the student; means are over labels that are not
+-100. Charged: nothing of the teacher. Trap: float16 probabilities do not sum to 1.
 
     python -m dataset.teacher_cache && python -m methods.cached_teacher
     python -m dataset.teacher_cache --method topk --k 8                 # out/teacher/topk.cache
     python -m methods.cached_teacher --teacher_cache out/teacher/topk.cache --no_tail --out out/topk
 
-Judged on text: success is within 0.01 nats of the live teacher (eval/experiments/cache.py). Try:
-topk with and without --no_tail, against sample at the same k. Shapes: B, S, V, k kept tokens.
+Judged on text: success is within 0.01 nats of the live teacher (eval/experiments/cache.py).
+Shapes: B batch, S sequence, V vocabulary, k kept tokens.
 """
 
 import torch
@@ -46,11 +46,8 @@ def kept_kl(log_q, method: str, ids, log_p, rest):
 
 
 def compute_loss(student_logits, labels, method: str, kept, temperature: float, alpha: float):
-    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its two parts.
-
-    student_logits (B, S, V), labels (B, S), -100 is ignored; kept: ids, log_p and rest as `kept_kl`
-    takes them, or for "hidden" the teacher's logits (B, S, V).
-    """
+    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its two parts: student_logits (B, S, V),
+    labels (B, S); kept: what `kept_kl` takes, or for "hidden" the teacher's logits (B, S, V)."""
     valid, parts = labels != -100, {}
     log_probs = at_least_float32(student_logits).log_softmax(-1)
     if alpha > 0:
@@ -86,16 +83,14 @@ def main(args) -> dict:
     path = args.teacher_cache or f"{args.teacher}/sample.cache"
     text = CachedText(text, path, args.teacher, args.temperature)
     method = "tail" if text.method == "topk" and not args.no_tail else text.method
-    student = run.student(args.student, text)
+    student, T, alpha = run.student(args.student, text), args.temperature, args.alpha
     run.optimize(student)
     for input_ids, labels, *kept in run.batches(text):  # (B, S) each, then the file's (B, S, ...)
         with run.precision():
             student_logits = student(input_ids)  # (B, S, V)
             if method == "hidden":
                 kept = [teacher.lm_head(kept[0].to(teacher.lm_head.weight.dtype))]
-        loss, parts = compute_loss(
-            student_logits, labels, method, kept, args.temperature, args.alpha
-        )
+        loss, parts = compute_loss(student_logits, labels, method, kept, T, alpha)
         run.step(loss, **parts)
     return run.finish()
 
