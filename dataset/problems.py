@@ -58,8 +58,8 @@ class Problem:
         """ "test" (10%), "prompts" (30%: no gold trace is written) or "train", by content."""
         equations = " ".join(line.split("=", 1)[1] for line in self.lines[1:])  # "12+5=17 ..."
         digest = hashlib.sha256(equations.encode("utf-8")).digest()
-        place = int.from_bytes(digest[:2], "big")
-        return "test" if place < 6554 else "prompts" if place < 26214 else "train"
+        bucket = int.from_bytes(digest[:2], "big")
+        return "test" if bucket < 6554 else "prompts" if bucket < 26214 else "train"
 
     def response(self) -> str:
         """The gold assistant turn."""
@@ -80,8 +80,8 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
     people, earlier = rng.sample(NAMES, steps + 3), 0
     thing, other_thing = rng.sample(OBJECTS, 2)
     values = [rng.randint(2, 30)]
-    told = f" {people[0]} has {values[0]} {thing}"  # what the question says and a line quotes
-    facts, lines = [f"Now{told}."], [f"{told}: {people[0]}={values[0]}"]
+    stated = f" {people[0]} has {values[0]} {thing}"  # what the question says and a line quotes
+    facts, lines = [f"Now{stated}."], [f"{stated}: {people[0]}={values[0]}"]
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
         kind = rng.choice(["more", "fewer", "times", "share"] + ["total"] * (step > 1))
@@ -91,7 +91,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         if kind == "total":
             earlier = rng.randrange(step - 1)
             number = values[earlier]
-        sign, told = {
+        sign, stated = {
             "more": ("+", f"{number} more {thing}"),
             "fewer": ("-", f"{number} fewer {thing}"),
             "times": ("*", f"{number} times as many {thing}"),
@@ -101,10 +101,10 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         result, equation = OPERATIONS[sign](value, number), f"{value}{sign}{number}"
         if not 1 <= result <= LARGEST:
             return None
-        told = f" {before}, {name} has {told}"
+        stated = f" {before}, {name} has {stated}"
         values.append(result)
-        facts.append(f"Compared with{told}.")
-        lines.append(f"{told}: {name}={equation}={result}")
+        facts.append(f"Compared with{stated}.")
+        lines.append(f"{stated}: {name}={equation}={result}")
     asked = f"How many {thing} does {people[steps]} have?"
     if rng.random() < 0.5:  # distractors
         facts.append(f"There are {rng.randint(2, 30)} {other_thing} in a box.")

@@ -149,13 +149,13 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 @dataclass(frozen=True)
 class Experiment:
     """name: of its folder. arms: (name, Job of a seed). row_of: what a finished job's row holds.
-    beside: another job that a row is measured beside, and has to wait for."""
+    reference: another job that a row is measured beside, and has to wait for."""
 
     name: str
     arms: list[tuple[str, Callable[[int], Job]]]
     seeds: int
     row_of: Callable[[Job], dict]
-    beside: Callable[[Job], Job] = lambda job: job
+    reference: Callable[[Job], Job] = lambda job: job
 
 
 def run_experiments(experiments: list[Experiment], results: Path) -> None:
@@ -172,19 +172,19 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
     def write_finished_rows() -> None:
         for entry in list(todo):
             experiment, path, arm, seed, job = entry
-            if all(needed.is_done() for needed in (job, experiment.beside(job), *job.needs)):
+            if all(needed.is_done() for needed in (job, experiment.reference(job), *job.needs)):
                 row = {"experiment": experiment.name, "arm": arm, "seed": seed}
                 append_rows(path, [{**row, **experiment.row_of(job)}])
                 todo.remove(entry)
                 give_back_memory()  # the workers need it
 
     write_finished_rows()
-    run_jobs([j for e, *_, job in todo for j in (e.beside(job), job)], write_finished_rows)
+    run_jobs([j for e, *_, job in todo for j in (e.reference(job), job)], write_finished_rows)
 
 
 def text_experiment(scale: Scale, name: str, arms: list, seeds: int | None = None) -> Experiment:
-    row_of, beside = partial(text_row, scale), partial(reference, scale)
-    return Experiment(name, arms, seeds or scale.seeds, row_of, beside)
+    row_of, teacher_of = partial(text_row, scale), partial(reference, scale)
+    return Experiment(name, arms, seeds or scale.seeds, row_of, teacher_of)
 
 
 def preset_args(description: str, argv=None) -> argparse.Namespace:
