@@ -39,7 +39,7 @@ RANGES = {  # flag: (smallest, largest)
     "data_share": (1e-6, 1.0), "tag_weight": (0.0, 1e6), "think_weight": (0.0, 1e6),
     "answer_weight": (0.0, 1e6), "k": (1, 2**20), "val_share": (0.01, 0.5),
     "problems": (1, 10**9), "prompts": (1, 10**9), "test_problems": (1, 10**9),
-    "vocab_size": (263, 2**24), "samples": (1, 10**6), "max_new_tokens": (1, 10**6),
+    "vocab_size": (263, 2**24),
 }  # fmt: skip
 
 

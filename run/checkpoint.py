@@ -62,7 +62,6 @@ class RunFolder:
                 shutil.rmtree(self.path / "resume", ignore_errors=True)
             for left in self.path.glob("**/*.tmp"):  # of a process that was killed
                 left.unlink()
-            write_json(self.path / "resume" / "flags.json", self.flags)
         return state, source
 
     def check_same_flags(self, before: dict) -> None:
