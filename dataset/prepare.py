@@ -24,7 +24,7 @@ from files import check_ranges, command_line, new_parser, write_json
 
 from .chat import check_conversation, gsm8k_conversation, held_out
 from .packing import write_stream
-from .problems import ANSWER, Problem, make_problems
+from .problems import ANSWER, TIERS, Problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
 
@@ -42,6 +42,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one")
     add("--vocab_size", type=int, default=2048, help="tokens, 263 or more")
     add("--val_share", type=float, default=0.08, help="share held out, 0.01-0.5")
+    add("--tier", choices=tuple(TIERS), default="easy", help="numbers and order of the problems")
     add("--problems", type=int, default=20000, help="training problems, 1 or more")
     add("--prompts", type=int, default=10000, help="problems without traces")
     add("--test_problems", type=int, default=1000, help="held-out problems")
@@ -89,7 +90,7 @@ def reasoning_lines(args) -> dict[str, list[dict]]:
     lines = {}
     for split, count in counts.items():
         steps = (1, 2, 3, 4, 5) if split == "test" else (1, 2, 3, 4)
-        made = make_problems(split, steps, count, args.seed)
+        made = make_problems(split, steps, count, args.seed, args.tier)
         lines[split] = [problem_line(problem, with_trace=split != "prompts") for problem in made]
     return lines
 
@@ -128,15 +129,14 @@ def main(args) -> None:
         path, count = args.out / f"{split}.bin", sum(len(text.encode("utf-8")) for text in texts)
         about[split] = write_stream(path, encode_all(tokenizer, texts), size, end)
         about[split] |= {"bytes": count, "documents": len(texts), "sha256": files.file_hash(path)}
-        tokens = about[split]["tokens"]
-        each = f"{count / tokens:.2f} bytes per token"
-        print(f"{split}: {len(texts)} documents, {tokens:,} tokens, {each}")
     if size < args.vocab_size and args.tokenizer is None:
         print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
-    counts = ", ".join(f"{len(lines):,} {split}" for split, lines in reasoning.items())
-    print(f"reasoning problems: {counts}\nwrote {args.out}")
     write_json(args.out / "meta.json", about)
     files.unlock(args.out)
+    train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
+    problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())
+    tokens = f"{train} tokens for training, {val} held out, a vocabulary of {size:,}"
+    print(f"{args.out}: {tokens}; problems: {problems}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@
     </answer>
 
 A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
-shared equally) or from that and an earlier one (a total). Distractors are mixed in (other things,
-other people), and all facts stand in shuffled order.
+shared equally) or from that and an earlier one (a total). Distractors are added (other things, other
+people). Tier easy has small numbers and tells the facts in the order in which they are needed; tier
+hard (above) shuffles them.
 
 A line of the trace quotes a fact, then computes. The next fact is found by looking for the last
 name and copying what follows it, which two layers learn within a few hundred steps. With facts the
@@ -33,12 +34,25 @@ from dataclasses import dataclass
 NAMES = "Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Lee Max Ned Pam Ray Sam Tom Una Val Wes Zoe"
 NAMES = NAMES.split()
 OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".split()
-LARGEST = 99
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 GIVEN = re.compile(r"\w+=([0-9]{1,40})")
 EQUATION = re.compile(r"\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
 RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?[0-9]{1,40})\n</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(-?[0-9]{1,40})\s*</answer>")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How hard problems are: largest result, largest number added, largest factor, and whether the
+    facts are shuffled."""
+
+    largest: int
+    added: int
+    factor: int
+    shuffled: bool
+
+
+TIERS = {"easy": Tier(50, 9, 3, shuffled=False), "hard": Tier(99, 20, 5, shuffled=True)}
 
 
 @dataclass(frozen=True)
@@ -66,16 +80,16 @@ class Problem:
         return "\n".join(["<think>", *self.lines, f"</think>\n<answer>\n{self.answer}\n</answer>"])
 
 
-def make_problem(rng: random.Random, steps: int) -> Problem:
-    """A random problem of `steps` dependent steps with numbers from 1 to 99."""
+def make_problem(rng: random.Random, steps: int, tier: str = "easy") -> Problem:
+    """A random problem of `steps` dependent steps, with numbers from 1 to the tier's largest."""
     if steps < 1:
         raise ValueError(f"steps = {steps}: a problem has at least one")
-    while (problem := try_problem(rng, steps)) is None:
+    while (problem := try_problem(rng, steps, TIERS[tier])) is None:
         pass
     return problem
 
 
-def try_problem(rng: random.Random, steps: int) -> Problem | None:
+def try_problem(rng: random.Random, steps: int, tier: Tier) -> Problem | None:
     """One attempt; None where a number left the range."""
     people, earlier = rng.sample(NAMES, steps + 3), 0
     thing, other_thing = rng.sample(OBJECTS, 2)
@@ -85,7 +99,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
     for step in range(1, steps + 1):
         name, before, value = people[step], people[step - 1], values[-1]
         kind = rng.choice(["more", "fewer", "times", "share"] + ["total"] * (step > 1))
-        number = rng.randint(2, 20) if kind in ("more", "fewer") else rng.randint(2, 5)
+        number = rng.randint(2, tier.added if kind in ("more", "fewer") else tier.factor)
         if kind == "share" and value % number:
             return None
         if kind == "total":
@@ -99,7 +113,7 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
             "total": ("+", f"as many {thing} and those of {people[earlier]} in total"),
         }[kind]
         result, equation = OPERATIONS[sign](value, number), f"{value}{sign}{number}"
-        if not 1 <= result <= LARGEST:
+        if not 1 <= result <= tier.largest:
             return None
         stated = f" {before}, {name} has {stated}"
         values.append(result)
@@ -110,13 +124,16 @@ def try_problem(rng: random.Random, steps: int) -> Problem | None:
         facts.append(f"There are {rng.randint(2, 30)} {other_thing} in a box.")
         if rng.random() < 0.5:
             owner, other_owner = people[steps + 1 :]
-            number = rng.randint(2, 20)
+            number = rng.randint(2, tier.added)
             facts.append(f"Compared with {owner}, {other_owner} has {number} more {other_thing}.")
-    rng.shuffle(facts)
+    if tier.shuffled:
+        rng.shuffle(facts)
     return Problem(" ".join([*facts, asked]), tuple(lines), values[-1])
 
 
-def make_problems(split: str, steps: tuple[int, ...], count: int, seed: int) -> list[Problem]:
+def make_problems(
+    split: str, steps: tuple[int, ...], count: int, seed: int, tier: str = "easy"
+) -> list[Problem]:
     """`count` different problems of one split, with equal shares of each number of steps.
 
     Raises ValueError where the split has not so many different questions.
@@ -126,7 +143,7 @@ def make_problems(split: str, steps: tuple[int, ...], count: int, seed: int) -> 
     for _ in range(1000 * count + 10000):
         if len(found) == count:
             return list(found.values())
-        problem = make_problem(rng, steps[len(found) % len(steps)])
+        problem = make_problem(rng, steps[len(found) % len(steps)], tier)
         if problem.split == split:
             found.setdefault(problem.question, problem)
     raise ValueError(f"cannot make {count} different {split} problems: ask for fewer")

@@ -37,7 +37,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | Non
 
 def reasoning_weights(
     labels: Tensor,
-    tag_weight: float = 10.0,
+    tag_weight: float = 1.0,
     think_weight: float = 1.0,
     answer_weight: float = 1.0,
     tag_ids: tuple[int, int, int, int] = TAG_IDS,

@@ -20,6 +20,7 @@ from eval.experiments import (
     optimizer,
     reasoning,
     soft_labels,
+    teacher_reading,
     teacher_size,
     temperature,
 )
@@ -38,8 +39,10 @@ def main(args) -> None:
     prepare_data(scale)
     # One pool for all runs. First those that others wait for, and the longest; last those whose row
     # is theirs already: a plain student's is measured beside the teacher, after its run.
-    order = (headline, reasoning, data_share, optimizer, teacher_size, temperature, alpha)
-    run_experiments([module.experiment(scale) for module in order], results)
+    first = [headline.experiment(scale), reasoning.experiment(scale)]
+    order = (data_share, teacher_size, temperature, alpha, teacher_reading, optimizer)
+    others = [module.experiment(scale) for module in order]
+    run_experiments([*first, *others, reasoning.hard_experiment(scale)], results)
     curves.run(scale, results)
     soft_labels.run(scale, results)
     pictures = plots.draw_all(results)

@@ -144,6 +144,7 @@ class Run:
         """Evaluate beside the teacher, write the last weights and run.json; returns the record."""
         training, meter = self.training, self.training.meter
         teacher = self.teachers[0] if self.teachers else None
+        seconds = round(meter.seconds(), 2)  # of training, not of the last evaluation
         metrics = training.evaluate(self.args.final_eval, teacher)
         record = {
             "argv": sys.argv, "args": training.folder.flags, "seed": self.args.seed, **git_state(),
@@ -152,7 +153,7 @@ class Run:
             "device": machine.describe_device(self.device), "threads": torch.get_num_threads(),
             "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),
             "steps": training.step, "tokens": meter.tokens, "flops": meter.flops,
-            "seconds": round(meter.seconds(), 2),
+            "seconds": seconds,
             "peak_memory_mb": machine.peak_memory_mb(self.device),
             "best_val_loss": training.best_loss, "best_step": training.best_step,
             "metrics": metrics,

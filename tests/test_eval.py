@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -102,17 +103,23 @@ TINY = dataclasses.replace(
     student="nano",
     teacher_sizes=("nano",),
     seeds=1,
-    headline_seeds=2,
+    more_seeds=2,
+    teacher_steps=8,
     text_steps=4,
     text_batch=2,
     seq_len=32,
-    text_share=1.0,
     text_warmup=1,
     reason_teacher="nano",
+    reason_teacher_steps=3,
     reason_steps=2,
+    hard_steps=2,
     reason_batch=8,
     temperatures=(1.0, 2.0),
     data_shares=(0.5, 1.0),
+    readings=(1.0, 2.0),
+    with_kl=True,
+    equal=scales.Scale("").equal,
+    tag_weights=(1.0, 10.0),
 )
 
 
@@ -121,10 +128,8 @@ def reproduced(prepared_folder, tmp_path_factory):
     """The one command at toy size, in a folder of its own, with the small prepared text."""
     place = tmp_path_factory.mktemp("reproduce")
     (place / "out" / "tiny").mkdir(parents=True)
-    data = place / "out" / "tiny" / "data"
-    data.mkdir()
-    for path in prepared_folder.iterdir():
-        (data / path.name).write_bytes(path.read_bytes())
+    for data in ("data", "data-hard"):
+        shutil.copytree(prepared_folder, place / "out" / "tiny" / data)
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
     patch.setitem(scales.SCALES, "tiny", TINY)
@@ -146,7 +151,10 @@ def reproduced(prepared_folder, tmp_path_factory):
     patch.undo()
 
 
-NAMES = "headline temperature alpha teacher_size data_share optimizer reasoning cache".split()
+NAMES = (
+    "headline temperature alpha teacher_size teacher_reading data_share optimizer reasoning "
+    "reasoning_hard cache"
+).split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,7 +163,7 @@ def test_every_experiment_has_its_rows(name, reproduced):
     assert list(rows[0])[: len(common.COLUMNS)] == common.COLUMNS
     keys = [(row["arm"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
-    seeds = 2 if name == "headline" else 1
+    seeds = 2 if name in ("alpha", "reasoning") else 1
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(seeds)}
     for row in rows:
         assert float(row["val_loss"]) > 0 and float(row["seconds"]) > 0
@@ -165,11 +173,25 @@ def test_every_experiment_has_its_rows(name, reproduced):
 def test_rows_are_those_of_the_runs(reproduced):
     """The headline's numbers are the runs' own, and plain students are measured too."""
     rows = common.read_rows(reproduced / "results" / "headline" / "results.csv")
-    distilled = next(r for r in rows if r["arm"] == "distilled" and r["seed"] == "1")
-    record = read_json(reproduced / "runs" / "distilled-nano-to-nano-T1-a0.5-s1" / "run.json")
+    distilled = next(r for r in rows if r["arm"] == "distilled")
+    record = read_json(reproduced / "runs/distilled-from-teacher-nano-s0-T1-a0.5/run.json")
     assert float(distilled["val_loss"]) == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
     assert float(distilled["kl"]) == pytest.approx(record["metrics"]["kl"], rel=1e-4)
     assert int(distilled["tokens"]) == 4 * 2 * 32
+
+
+def test_equal_cost_is_what_the_distilled_student_cost(reproduced):
+    path = reproduced / "results" / "headline" / "results.csv"
+    rows = {row["arm"]: row for row in common.read_rows(path)}
+    for column in ("seconds", "flops"):
+        for ending, arms in (("", ["distilled"]), (" and teacher", ["distilled", "teacher"])):
+            words = shlex.split(rows[f"equal {column}{ending}"]["command"])
+            budget = float(words[words.index(f"--{column}") + 1])
+            assert budget == pytest.approx(sum(float(rows[arm][column]) for arm in arms), rel=1e-5)
+            assert "--steps" not in words
+    spent = float(rows["equal flops and teacher"]["flops"])
+    step = float(rows["plain"]["flops"]) / 4
+    assert 0 <= spent - budget < 1.5 * step and float(rows["plain"]["flops"]) < budget
 
 
 def test_rows_say_what_runs_were_made_from(reproduced):
@@ -251,7 +273,7 @@ def test_a_lost_row_comes_back_without_training(reproduced, monkeypatch):
 
 
 def test_a_folder_with_other_flags_is_not_taken_for_done(reproduced):
-    job = common.pretrained(TINY, "nano", 0)
+    job = common.plain(TINY, 0)
     other = dataclasses.replace(job, flags=(*job.flags, ("weight_decay", 0.5)))
     assert job.is_done()
     with pytest.raises(ValueError, match="--weight_decay 0.1"):
@@ -260,7 +282,7 @@ def test_a_folder_with_other_flags_is_not_taken_for_done(reproduced):
 
 def test_a_cache_is_its_own_record(reproduced, monkeypatch):
     monkeypatch.chdir(reproduced.parent.parent)
-    job = cache.cache_job(TINY, common.pretrained(TINY, "nano", 0), "topk", 4)
+    job = cache.cache_job(TINY, common.teacher_of(TINY, 0), "topk", 4)
     assert job.is_done() and job.record_path == Path(job.out)
     for flag, value in (("k", 8), ("seq_len", 64)):
         other = dataclasses.replace(job, flags=tuple({**dict(job.flags), flag: value}.items()))

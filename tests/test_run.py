@@ -8,12 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import check_ranges
 from files.command import RANGES
 from model import ModelConfig, Transformer
 from model.device import autocast, available_cores, choose_device, choose_precision, prepare_process
 from run import Run
+from run import optimizer as optimizer_module
 from run.flags import add_common_flags, check_flags
 from run.optimizer import Optimizer, learning_rate
 
@@ -145,6 +147,40 @@ def test_a_muon_update_is_nearly_orthogonal():
     one_step(optimizer)
     values = torch.linalg.svdvals(before - matrix.detach()) / (0.1 * 0.2 * math.sqrt(192))
     assert 0.6 < values.min() and values.max() < 1.3
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes of all matrix products inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", ["bfloat16", "float32"])
+def test_muon_multiplies_in_what_the_machine_multiplies_in(native, monkeypatch):
+    """bfloat16 only where the machine has instructions for it; both find the same update."""
+    monkeypatch.setattr(optimizer_module, "choose_precision", lambda name, device: native)
+    student = tiny_model()
+    optimizer = Optimizer([student], flags("--weight_decay", 0.0))
+    set_gradients(student)
+    matrix = student.model.layers[0].self_attn.q_proj.weight
+    gradient, before = matrix.grad.double(), matrix.detach().clone()
+    with Dtypes() as dtypes:
+        one_step(optimizer)
+    assert dtypes.seen == {getattr(torch, native)}
+    update = (before - matrix.detach()).double()
+    expected = gradient / gradient.norm()  # Newton-Schulz in float64, of Jordan et al.
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
+    cosine = (update * expected).sum() / update.norm() / expected.norm()
+    assert cosine > {"bfloat16": 0.999, "float32": 1 - 1e-6}[native]
 
 
 @pytest.mark.parametrize("clip, expected", [(0.5, 0.5), (100.0, 8.0), (0.0, 8.0)])

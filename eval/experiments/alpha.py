@@ -7,13 +7,13 @@ alpha = 1 is plain training; its runs are those of train_pretrain.py.
 
 from functools import partial
 
-from .common import distilled, pretrained, run_alone, text_experiment
+from .common import distilled, plain, run_alone, text_experiment
 
 
 def experiment(scale):
     arms = [(f"alpha={a:g}", partial(distilled, scale, alpha=a)) for a in scale.alphas if a < 1]
-    arms.append(("alpha=1", partial(pretrained, scale, scale.student)))
-    return text_experiment(scale, "alpha", arms)
+    arms.append(("alpha=1", partial(plain, scale)))
+    return text_experiment(scale, "alpha", arms, scale.more_seeds)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from methods.cached_teacher import compute_loss
 from model import load_model
 from model.device import choose_device
 
-from .common import Experiment, pretrained, run_alone, text_flags, text_row
+from .common import Experiment, run_alone, teacher_of, text_flags, text_row
 from .jobs import Job
 
 KEPT, SEEDS, DRAWS, WINDOWS = (4, 16, 64), 3, 32, 64
@@ -35,17 +35,17 @@ def cache_job(scale, teacher: Job, method: str, k: int) -> Job:
     """What the teacher says about all windows, in a file; k numbers per token, or hidden states."""
     flags = {"teacher": teacher.out, "data": scale.data, "method": method}
     flags |= {"k": k} if k else {}
-    flags |= {"seq_len": scale.seq_len, "data_share": scale.text_share}
+    flags |= {"seq_len": scale.seq_len, "data_share": 1.0}
     out = f"{teacher.out}/{method}{k or ''}.cache"
     return Job("dataset.teacher_cache", out, tuple(flags.items()), (teacher,))
 
 
 def student_job(scale, method: str, k: int, seed: int) -> Job:
-    teacher = pretrained(scale, scale.teacher, seed)
+    teacher = teacher_of(scale, seed)
     cache = cache_job(scale, teacher, "topk" if method == "tail" else method, k)
     flags = {"teacher": teacher.out, "student": scale.student, "teacher_cache": cache.out}
     flags |= {"no_tail": None} if method == "topk" else {}
-    flags |= {"alpha": 0.0, **text_flags(scale, seed, 1.0)}
+    flags |= {"alpha": 0.0, **text_flags(scale, seed, scale.text_steps)}
     out = f"{scale.root}/runs/cached-{method}{k or ''}-s{seed}"
     return Job("methods.cached_teacher", out, tuple(flags.items()), (teacher, cache))
 

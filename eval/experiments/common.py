@@ -32,37 +32,43 @@ COLUMNS = (
 # Jobs.
 
 
-def text_flags(scale: Scale, seed: int, share: float) -> dict:
+def text_flags(scale: Scale, seed: int, steps: int, share: float = 1.0) -> dict:
     return {
-        "data": scale.data, "steps": scale.text_steps, "warmup": scale.text_warmup,
-        "batch_size": scale.text_batch, "seq_len": scale.seq_len,
-        "data_share": float(share * scale.text_share), "seed": seed,
-        "eval_every": scale.text_eval_every, "final_eval": scale.text_final_eval,
+        "data": scale.data, "steps": steps, "warmup": scale.text_warmup,
+        "batch_size": scale.text_batch, "seq_len": scale.seq_len, "data_share": float(share),
+        "seed": seed, "eval_every": scale.text_eval_every, "final_eval": scale.text_final_eval,
         **dict(scale.flags),
     }  # fmt: skip
 
 
-def pretrained(scale: Scale, size: str, seed: int, share: float = 1.0, **more) -> Job:
-    """A model trained on text alone: a teacher, or a plain student."""
-    name = f"plain-{size}-s{seed}" + (f"-share{share:g}" if share != 1 else "")
-    name += "".join(f"-{value}" for value in more.values())
-    flags = {"model": size, **text_flags(scale, seed, share), **more}
-    if "flops" in flags:  # the budget instead of steps
-        del flags["steps"]
+def teacher_of(scale: Scale, seed: int, size: str | None = None, reading: float = 0.0) -> Job:
+    """A teacher of one size, trained on text. reading: how much it reads, times what a student
+    does; 0 for the usual."""
+    size, usual = size or scale.teacher, scale.teacher_steps
+    steps = int(reading * scale.text_steps) or usual
+    name = f"teacher-{size}" + (f"-{steps}steps" if steps != usual else "") + f"-s{seed}"
+    flags = {"model": size, **text_flags(scale, seed, steps)}
     return Job("train_pretrain", f"{scale.root}/runs/{name}", tuple(flags.items()))
 
 
-def distilled(
-    scale: Scale, seed: int, temperature=1.0, alpha=0.5, share=1.0, teacher_size: str | None = None
-) -> Job:
-    """The student distilled from a teacher of the same seed, which runs beside it."""
-    size = teacher_size or scale.teacher
-    teacher = pretrained(scale, size, seed)
-    name = f"distilled-{size}-to-{scale.student}-T{temperature:g}-a{alpha:g}-s{seed}"
+def plain(scale: Scale, seed: int, share=1.0, name="plain", needs=(), **more) -> Job:
+    """A student trained on text alone, for --steps, or --flops or --seconds where `more` has it."""
+    name += f"-{scale.student}-s{seed}" + (f"-share{share:g}" if share != 1 else "")
+    flags = {"model": scale.student, **text_flags(scale, seed, scale.text_steps, share), **more}
+    if not more.keys().isdisjoint({"flops", "seconds"}):
+        del flags["steps"]
+    return Job("train_pretrain", f"{scale.root}/runs/{name}", tuple(flags.items()), needs)
+
+
+def distilled(scale: Scale, seed: int, temperature=1.0, alpha=0.5, share=1.0, teacher=None) -> Job:
+    """The student distilled from a teacher, the usual one of the same seed unless another is named,
+    which runs beside it."""
+    teacher = teacher or teacher_of(scale, seed)
+    name = f"distilled-from-{Path(teacher.out).name}-T{temperature:g}-a{alpha:g}"
     name += f"-share{share:g}" if share != 1 else ""
     flags = {"teacher": teacher.out, "student": scale.student}
     flags |= {"temperature": float(temperature), "alpha": float(alpha)}
-    flags |= text_flags(scale, seed, share)
+    flags |= text_flags(scale, seed, scale.text_steps, share)
     out = f"{scale.root}/runs/{name}"
     return Job("train_distillation", out, tuple(flags.items()), (teacher,))
 
@@ -99,7 +105,7 @@ def short_hashes(sources: dict) -> dict[str, str]:
 
 def reference(scale: Scale, job: Job) -> Job:
     """The teacher beside which a run is measured that had none: the one of its seed."""
-    return pretrained(scale, scale.teacher, dict(job.flags)["seed"])
+    return teacher_of(scale, dict(job.flags)["seed"])
 
 
 def text_row(scale: Scale, job: Job) -> dict:
@@ -114,8 +120,7 @@ def text_row(scale: Scale, job: Job) -> dict:
         batches = text.evaluation(scale.text_batch, args["final_eval"])
         metrics = evaluate(student, batches, text.bytes_per_token, teacher)
     more = {"best_val_loss": job.record()["best_val_loss"]}
-    more["data_share"] = args["data_share"] / scale.text_share
-    return {**more, **run_row(job), **metrics}
+    return {**more, "data_share": args["data_share"], **run_row(job), **metrics}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -217,9 +222,11 @@ def run_alone(description: str, experiment: Callable[[Scale], Experiment]) -> No
 
 def prepare_data(scale: Scale) -> None:
     """Run dataset.prepare for this scale, unless it is done."""
-    if not (Path(scale.data) / "meta.json").is_file():
-        words = ["--out", scale.data]
-        for flag in ("vocab_size", "problems", "prompts", "test_problems"):
-            words += [f"--{flag}", str(getattr(scale, flag))]
-        print("$ python -m dataset.prepare " + " ".join(words))
-        prepare.main(prepare.parse_args(words))
+    tiers = {"easy": scale.data} | ({"hard": scale.hard_data} if scale.hard_steps else {})
+    for tier, folder in tiers.items():
+        if not (Path(folder) / "meta.json").is_file():
+            words = ["--out", folder, "--tier", tier]
+            for flag in ("vocab_size", "problems", "prompts", "test_problems"):
+                words += [f"--{flag}", str(getattr(scale, flag))]
+            print("$ python -m dataset.prepare " + " ".join(words))
+            prepare.main(prepare.parse_args(words))

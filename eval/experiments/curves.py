@@ -16,7 +16,7 @@ def run(scale, results) -> None:
     path = results / "curves" / "results.csv"
     present = {(row["arm"], int(row["seed"])) for row in read_rows(path)}
     for arm, job_of in headline.experiment(scale).arms:
-        for seed in range(scale.headline_seeds):
+        for seed in range(scale.seeds):
             if (arm, seed) in present:
                 continue
             job = job_of(seed)

@@ -9,14 +9,13 @@ stopping would have kept.
 
 from functools import partial
 
-from .common import distilled, pretrained, run_alone, text_experiment
+from .common import distilled, plain, run_alone, text_experiment
 
 
 def experiment(scale):
     arms = []
     for share in scale.data_shares:
-        plain = partial(pretrained, scale, scale.student, share=share)
-        arms.append((f"plain {share:g}", plain))
+        arms.append((f"plain {share:g}", partial(plain, scale, share=share)))
         arms.append((f"distilled {share:g}", partial(distilled, scale, share=share)))
     return text_experiment(scale, "data_share", arms)
 

@@ -1,45 +1,41 @@
-"""Does distillation help? The plain student and the distilled one, and their teacher.
+"""Does distillation help? At equal tokens, and at equal cost.
 
     python -m eval.experiments.headline --preset quick
 
-All read the same tokens but "plain, same flops", which reads on until it has cost as much as the
-distilled student with its teacher's passes (not with its teacher's training). The students have one
-size and one initialisation.
+    teacher                    a larger model, which has read several times what the students read
+    plain                      the student, on text alone
+    distilled                  the same student on the same tokens, and the teacher's distribution
+    equal seconds              plain, for as long as the distilled student took
+    equal flops                plain, for as many operations, the teacher's passes included
+    equal seconds and teacher  plain, for as long as teacher and distilled student took together
+    equal flops and teacher    plain, for as many operations as both
+
+The students have one size and one initialisation. Which comparison is fair depends on whether the
+teacher exists already: a downloaded one costs its passes only.
 """
 
 from functools import partial
 
-import torch
-
-from model import ModelConfig, Transformer
-from run.meter import CountFlops
-
-from .common import distilled, pretrained, run_alone, text_experiment
+from .common import distilled, plain, run_alone, teacher_of, text_experiment
+from .jobs import Spent
 
 
-def flops_of_distillation(scale) -> float:
-    """Operations of the distilled student's run, counted on one window."""
-    student, teacher = (
-        Transformer(ModelConfig.preset(size, scale.vocab_size))
-        for size in (scale.student, scale.teacher)
-    )
-    input_ids = torch.zeros(1, scale.seq_len, dtype=torch.long)
-    with CountFlops() as counter:
-        student(input_ids).sum().backward()
-        with torch.no_grad():
-            teacher(input_ids)
-    return float(counter.flops * scale.text_batch * scale.text_steps)
+def equal_cost(scale, what: str, seed: int):
+    """The plain student that costs what the distilled one has cost. what: as in Scale.equal."""
+    student, column = distilled(scale, seed), what.split()[0]
+    runs = (student, *student.needs) if "teacher" in what else (student,)
+    name = f"equal-{what.replace(' ', '-')}"
+    return plain(scale, seed, name=name, needs=runs, **{column: Spent(column, runs)})
 
 
 def experiment(scale):
-    flops = flops_of_distillation(scale)
     arms = [
-        ("teacher", partial(pretrained, scale, scale.teacher)),
-        ("plain", partial(pretrained, scale, scale.student)),
+        ("teacher", partial(teacher_of, scale)),
+        ("plain", partial(plain, scale)),
         ("distilled", partial(distilled, scale)),
-        ("plain, same flops", partial(pretrained, scale, scale.student, flops=flops)),
+        *((f"equal {what}", partial(equal_cost, scale, what)) for what in scale.equal),
     ]
-    return text_experiment(scale, "headline", arms, scale.headline_seeds)
+    return text_experiment(scale, "headline", arms)
 
 
 if __name__ == "__main__":

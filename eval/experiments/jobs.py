@@ -43,6 +43,7 @@ class Job:
     def argv(self) -> list[str]:
         words = []
         for name, value in self.flags:
+            value = value.total() if isinstance(value, Spent) else value
             words.append(f"--no-{name}" if value is False else f"--{name}")
             if value is not None and value is not False:
                 words.append(str(value))
@@ -69,6 +70,7 @@ class Job:
             return False
         recorded = self.record()["args"]
         for name, value in self.flags:
+            value = value.total() if isinstance(value, Spent) else value
             expected = str(True if value is None else value)
             if name in recorded and str(recorded[name]) != expected:
                 raise ValueError(
@@ -76,6 +78,17 @@ class Job:
                     f"needs {expected}: move or delete it"
                 )
         return True
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The value of a flag that is known once other runs are done: what they cost together."""
+
+    column: str  # "seconds" or "flops"
+    runs: tuple[Job, ...]
+
+    def total(self) -> float:
+        return float(f"{sum(job.record()[self.column] for job in self.runs):.6g}")
 
 
 def execute(job: Job) -> None:

@@ -8,7 +8,7 @@ whether that was fair). Muon runs at the scripts' default rate, AdamW at its bes
 quick 50 steps of it, where Muon has 5 (with 5 AdamW ended at 5.73, with 40 at 4.73).
 """
 
-from .common import pretrained, run_alone, text_experiment
+from .common import plain, run_alone, text_experiment
 
 ADAMW_RATE, ADAMW_WARMUP, MORE_STEPS = 0.016, 50, 1.15
 
@@ -21,8 +21,8 @@ def experiment(scale):
         "warmup": ADAMW_WARMUP,
     }
     arms = [
-        ("muon", lambda seed: pretrained(scale, scale.student, seed)),
-        ("adamw", lambda seed: pretrained(scale, scale.student, seed, **more)),
+        ("muon", lambda seed: plain(scale, seed)),
+        ("adamw", lambda seed: plain(scale, seed, name="adamw", **more)),
     ]
     return text_experiment(scale, "optimizer", arms)
 

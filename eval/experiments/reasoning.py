@@ -1,17 +1,17 @@
-"""What traces are worth: one student size, taught to answer in six ways.
+"""What traces are worth: one student size, taught to answer in several ways.
 
     python -m eval.experiments.reasoning --preset quick
 
-    teacher          a larger model on gold traces, tag weight 10
+    teacher          a larger model on gold traces, trained until it is good
     answers alone    the same problems, the <think> spans removed
-    traces, tag 1    gold traces, every token of weight 1
-    traces, tag 10   gold traces, the four tags of weight 10
-    traces and KL    gold traces, tag weight 10, and the teacher's distribution
-    teacher's words  traces that the teacher wrote for problems without a gold trace, tag weight 10
+    traces, tag 1    gold traces, every token of weight 1; also with tags of weight 3 and 10
+    teacher's words  traces that the teacher wrote for problems without a gold trace
+    traces and KL    gold traces, and the teacher's distribution
 
 Students make the same number of steps from the same initial weights. Rows add the accuracy for
 each number of steps (5 was never trained), the share of well-formed and of verified traces, and
-the mean tokens thought; every answer is in the run's answers.jsonl.
+the mean tokens thought; every answer is in the run's answers.jsonl. On hard problems (facts
+shuffled, larger numbers) there are the teacher, answers alone and gold traces.
 """
 
 from functools import partial
@@ -20,15 +20,16 @@ from pathlib import Path
 from eval.reasoning import evaluate_reasoning
 from model.device import choose_device, keep_freed_memory
 
-from .common import Experiment, run_alone, run_row
+from .common import Experiment, experiment_main, run_experiments, run_row
 from .jobs import Job
 
 
-def train_job(scale, name, student, seed, needs=(), **more) -> Job:
-    """One run of train_distill_reason.py; a value None stands for a switch."""
+def train_job(scale, name, model, steps, seed, needs=(), data=None, folder=None, **more) -> Job:
+    """One run of train_distill_reason.py on `data`, gold traces unless another file is named."""
+    folder = folder or scale.data
     flags = {
-        "student": student, "tokenizer": scale.data, "data": f"{scale.data}/reason_train.jsonl",
-        "steps": scale.reason_steps, "batch_size": scale.reason_batch, "seed": seed,
+        "student": model, "tokenizer": folder, "data": data or f"{folder}/reason_train.jsonl",
+        "steps": steps, "batch_size": scale.reason_batch, "seed": seed, "tag_weight": 1.0,
         "eval_every": scale.reason_eval_every, "final_eval": scale.reason_final_eval,
         **dict(scale.flags), **more,
     }  # fmt: skip
@@ -37,7 +38,8 @@ def train_job(scale, name, student, seed, needs=(), **more) -> Job:
 
 
 def teacher_job(scale, seed) -> Job:
-    return train_job(scale, f"reason-teacher-{scale.reason_teacher}", scale.reason_teacher, seed)
+    size, steps = scale.reason_teacher, scale.reason_teacher_steps
+    return train_job(scale, f"reason-teacher-{size}", size, steps, seed)
 
 
 def traces_job(scale, seed) -> Job:
@@ -48,32 +50,47 @@ def traces_job(scale, seed) -> Job:
     return Job("dataset.make_traces", out, flags, (teacher,))
 
 
-def arms_of(scale) -> list:
-    def student(name, **more):
-        return partial(train_job, scale, f"reason-{name}", scale.student, **more)
+def easy_arms(scale) -> list:
+    def student(name, seed, **more):
+        return train_job(scale, f"reason-{name}", scale.student, scale.reason_steps, seed, **more)
 
-    def with_kl(seed):
-        teacher = teacher_job(scale, seed)
-        return student("kl", needs=(teacher,), teacher=teacher.out)(seed)
+    def weighted(weight):
+        return partial(student, f"tag{weight:g}", tag_weight=weight)
 
     def from_teacher(seed):
         traces = traces_job(scale, seed)
-        return student("teachers-words", needs=(traces,), data=traces.out)(seed)
+        return student("teachers-words", seed, needs=(traces,), data=traces.out)
+
+    def with_kl(seed):
+        teacher = teacher_job(scale, seed)
+        return student("kl", seed, needs=(teacher,), teacher=teacher.out)
+
+    arms = [
+        ("teacher", partial(teacher_job, scale)),
+        ("answers alone", partial(student, "answers", answers_only=None)),
+        *((f"traces, tag {weight:g}", weighted(weight)) for weight in scale.tag_weights),
+        ("teacher's words", from_teacher),
+    ]
+    return [*arms, ("traces and KL", with_kl)] if scale.with_kl else arms
+
+
+def hard_arms(scale) -> list:
+    def hard(name, model, seed, **more):
+        name, folder = f"hard-{name}", scale.hard_data
+        return train_job(scale, name, model, scale.hard_steps, seed, folder=folder, **more)
 
     return [
-        ("teacher", partial(teacher_job, scale)),
-        ("answers alone", student("answers", answers_only=None)),
-        ("traces, tag 1", student("tag1", tag_weight=1.0)),
-        ("traces, tag 10", student("tag10")),
-        ("traces and KL", with_kl),
-        ("teacher's words", from_teacher),
+        ("teacher", partial(hard, "teacher", scale.reason_teacher)),
+        ("answers alone", partial(hard, "answers", scale.student, answers_only=None)),
+        ("traces, tag 1", partial(hard, "tag1", scale.student)),
     ]
 
 
 def reasoning_row(scale, job: Job) -> dict:
     """The shared columns, and what the model answers on the held-out problems."""
     keep_freed_memory()
-    problems, answers = f"{scale.data}/reason_test.jsonl", Path(job.out) / "answers.jsonl"
+    problems = f"{dict(job.flags)['tokenizer']}/reason_test.jsonl"
+    answers = Path(job.out) / "answers.jsonl"
     table = evaluate_reasoning(job.out, problems, answers, choose_device("auto"))
     columns = {f"accuracy_{steps}": table[steps]["accuracy"] for steps in range(1, 6)}
     names = ("accuracy", "well_formed", "verified", "think_tokens")
@@ -81,8 +98,19 @@ def reasoning_row(scale, job: Job) -> dict:
 
 
 def experiment(scale) -> Experiment:
-    return Experiment("reasoning", arms_of(scale), scale.seeds, partial(reasoning_row, scale))
+    row_of = partial(reasoning_row, scale)
+    return Experiment("reasoning", easy_arms(scale), scale.more_seeds, row_of)
+
+
+def hard_experiment(scale) -> Experiment:
+    seeds = scale.seeds if scale.hard_steps else 0
+    return Experiment("reasoning_hard", hard_arms(scale), seeds, partial(reasoning_row, scale))
 
 
 if __name__ == "__main__":
-    run_alone(__doc__, experiment)
+    experiment_main(
+        __doc__,
+        lambda scale, results: run_experiments(
+            [experiment(scale), hard_experiment(scale)], results
+        ),
+    )

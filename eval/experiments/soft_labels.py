@@ -12,7 +12,7 @@ from dataset.packing import PackedText
 from dataset.tokenizer import decode, load_tokenizer
 from model import load_model
 
-from .common import append_rows, experiment_main, pretrained, read_rows
+from .common import append_rows, experiment_main, read_rows, teacher_of
 from .jobs import run_jobs
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -24,7 +24,7 @@ def run(scale, results) -> None:
     path = results / "soft_labels" / "results.csv"
     if read_rows(path):
         return
-    job = pretrained(scale, scale.teacher, 0)
+    job = teacher_of(scale, 0)
     run_jobs([job])
     teacher, tokenizer = load_model(job.out), load_tokenizer(job.out)
     text = PackedText(scale.data, "val", scale.seq_len)

@@ -8,14 +8,18 @@ parameters but the form of the target. Each teacher's own loss is a row beside i
 
 from functools import partial
 
-from .common import distilled, pretrained, run_alone, text_experiment
+from .common import distilled, run_alone, teacher_of, text_experiment
+
+
+def student_of(scale, seed, size):
+    return distilled(scale, seed, teacher=teacher_of(scale, seed, size))
 
 
 def experiment(scale):
     arms = []
     for size in reversed(scale.teacher_sizes):  # the longest runs first
-        arms.append((f"teacher {size}", partial(pretrained, scale, size)))
-        arms.append((f"student of {size}", partial(distilled, scale, teacher_size=size)))
+        arms.append((f"teacher {size}", partial(teacher_of, scale, size=size)))
+        arms.append((f"student of {size}", partial(student_of, scale, size=size)))
     return text_experiment(scale, "teacher_size", arms)
 
 

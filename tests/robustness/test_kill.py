@@ -36,11 +36,13 @@ from eval.experiments import common, scales
 if __name__ == "__main__":
     scale = dataclasses.replace(
         scales.SCALES["quick"], name="tiny", teacher="nano", student="nano", text_steps=20,
-        text_batch=4, seq_len=32, text_share=1.0, text_eval_every=10,
+        text_batch=4, seq_len=32, teacher_steps=20, text_eval_every=10,
         flags=(("dtype", "float32"), ("device", "cpu")),
     )
-    plain = partial(common.pretrained, scale, "nano")
-    arms = [("teacher", plain), ("plain", plain), ("distilled", partial(common.distilled, scale))]
+    arms = [
+        ("teacher", partial(common.teacher_of, scale)), ("plain", partial(common.plain, scale)),
+        ("distilled", partial(common.distilled, scale)),
+    ]
     experiment = common.text_experiment(scale, "headline", arms, seeds=int(sys.argv[1]))
     common.run_experiments([experiment], Path("results"))
 """
