@@ -9,8 +9,8 @@ vocabulary is to come next. The loss is how surprised it was by what came, in na
     conversation.
 
     python -m dataset.prepare                                  # once: tokenizer and token streams
-    python train_pretrain.py                                   # the teacher: 1M parameters
-    python train_pretrain.py --model nano --out out/plain      # a plain student: 0.2M parameters
+    python train_pretrain.py                                   # the teacher: 1.05M parameters
+    python train_pretrain.py --model nano --out out/plain      # a plain student: 0.23M
     python train_pretrain.py --data chats.jsonl --model out/student --out out/chat
 
 Try: --learning_rate 0.1 (too fast), --data_share 0.1 (when does the held-out loss rise again?).
@@ -41,8 +41,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model",
         default="mini",
-        help="nano 0.2M, micro 0.5M, mini 1M, midi 2.4M, small 5M, base 26M, large 104M, "
-        "or a checkpoint folder to train on",
+        help="nano 0.23M, micro 0.49M, mini 1.05M, midi 2.4M, small 5M (vocabulary 2,048), "
+        "base 26M, large 104M (6,400); or a checkpoint folder to train on",
     )
     add_data_flags(parser)
     add_common_flags(parser, out="out/teacher")

@@ -4,10 +4,8 @@
     |------------- label -100 -------------------------------||- labels ------|
 
 The labels cover the assistant's content and the <|im_end|> that ends it, so a model learns to
-stop. Labels are shifted here, once: labels[s] is the token after input_ids[s].
-
-A batch is a random draw, sorted by length. A run cuts it into micro-batches, and each of these at
-its own longest row, so little is padding, yet every step has short and long conversations.
+stop. Labels are shifted here, once: labels[s] is the token after input_ids[s]. A batch is a random
+draw, sorted by length: cut into micro-batches, each at its own longest row, little is padding.
 """
 
 import hashlib
@@ -45,13 +43,9 @@ def check_conversation(value: dict, where: str, need_answer: bool = True) -> lis
             raise ValueError(f"{where}: role {role!r} must be one of {', '.join(ROLES)}")
         if not isinstance(turn.get("content"), str):
             raise ValueError(f'{where}: the {turn["role"]} turn needs a "content" that is text')
-    if need_answer and not any(turn["content"] for turn in turns if is_assistant(turn)):
+    if need_answer and not any(x["content"] for x in turns if x["role"] == "assistant"):
         raise ValueError(f"{where} has no assistant turn with words in it: nothing to learn from")
     return turns
-
-
-def is_assistant(turn: dict) -> bool:
-    return turn["role"] == "assistant"
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[int], list[int]]:
@@ -60,7 +54,7 @@ def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[i
     newline = encode(tokenizer, "\n")
     ids, learned = [], []  # learned[i]: token i is the assistant's own
     for turn in turns:
-        own = is_assistant(turn)
+        own = turn["role"] == "assistant"
         # A user's words are encoded together with what stands before them, as the chat template
         # has it; the assistant's apart, so that a prompt is a prefix of the whole.
         head = [start, *encode(tokenizer, f"{turn['role']}\n{'' if own else turn['content']}")]
@@ -80,7 +74,8 @@ def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
 def only_answer(turns: list[dict]) -> list[dict]:
     """The same conversation with every <think> span removed from the assistant's turns."""
     answers = [{**turn, "content": THINK_SPAN.sub("", turn["content"])} for turn in turns]
-    return [new if is_assistant(new) else old for old, new in zip(turns, answers, strict=True)]
+    pairs = zip(turns, answers, strict=True)
+    return [new if new["role"] == "assistant" else old for old, new in pairs]
 
 
 def gsm8k_conversation(value: dict, where: str) -> dict:
@@ -103,8 +98,7 @@ class ChatData:
 
     split: "train" or "val", by a hash of the user turns, so the same for every seed; the training
     split has the other as `held_out`. max_len cuts longer conversations, `cut` counts them.
-    answers_only drops the reasoning. skip_bad leaves out bad lines instead of refusing the file.
-    """
+    answers_only drops the reasoning. skip_bad leaves out bad lines instead of refusing the file."""
 
     padded = True
     bytes_per_token = None  # of text alone
@@ -129,15 +123,15 @@ class ChatData:
             ids, labels = encode_conversation(self.tokenizer, turns)
             self.cut += len(ids) > max_len
             if set(labels[:max_len]) == {IGNORE}:
-                within = f"no word of the assistant is within the first {max_len} tokens"
-                raise ValueError(f"{where}: {within}: raise --seq_len or shorten the prompt")
+                none = f"no word of the assistant is within the first {max_len} tokens"
+                raise ValueError(f"{where}: {none}: raise --seq_len")
             kept = (ids[:max_len], labels[:max_len])
             self.examples.append(tuple(torch.tensor(x, dtype=torch.int32) for x in kept))
 
         total = len(read_jsonl(path, add, skip_bad, tell=split == "train"))
         if not self.examples:
-            none = f"{path}: none of its {total} conversations falls into the {split} split"
-            raise ValueError(f"{none} ({val_share:.0%} are held out): add more")
+            none = f"none of its {total} conversations falls into the {split} split"
+            raise ValueError(f"{path}: {none} ({val_share:.0%} are held out): add more")
         self.size = len(self.examples)
         self.lengths = np.array([len(ids) for ids, _ in self.examples])
         self.held_out = None
@@ -157,7 +151,7 @@ class ChatData:
         return max(accumulation_steps, min(PARTS, batch_size // ROWS), 1)
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Examples `rows` as input_ids and labels (B, S), padded on the right to their longest."""
+        """input_ids and labels (B, S) of `rows`, padded on the right to their longest."""
         ids, labels = zip(*(self.examples[row] for row in rows), strict=True)
         return pad_sequence(ids, True, PAD_ID).long(), pad_sequence(labels, True, IGNORE).long()
 

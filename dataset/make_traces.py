@@ -10,13 +10,13 @@ The student then learns from the teacher's words alone (sequence-level distillat
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 
 import files
-from files import command_line, write_json
+from files import command_line
+from files.progress import progress_bar
 from model import load_model
 from model.device import choose_device, keep_freed_memory
 
@@ -52,59 +52,33 @@ def main(args) -> dict:
     problems = read_problems(args.prompts)
     teacher, tokenizer = load_model(args.teacher, device), load_tokenizer(args.teacher)
     files.lock(args.out)
-    progress_path = args.out.with_name(f"{args.out.name}.progress.json")
     options = {k: str(v) for k, v in vars(args).items() if k not in ("out", "device")}
     options["tokenizer"] = files.tokenizer_hash(args.teacher)
-    progress = progress_so_far(args.out, progress_path, options)
-    write_json(progress_path, progress)  # before the file: a file without it is not ours
-    with open(args.out, "ab") as file:
-        file.truncate(progress["bytes"])  # what a killed call wrote after its last record
-        files.sync_folder(args.out.parent)
-        while (first := progress["problems"]) < len(problems):
+    out = files.GrowingFile(args.out, options, problems=0, written=0, kept=0)
+    tries, done = (args.samples * count for count in (len(problems), out.record["problems"]))
+    with out.file, progress_bar(tries, args.out.name, done, unit="trace") as bar:
+        while (first := out.record["problems"]) < len(problems):
             chunk = problems[first : first + CHUNK]
-            kept = traces(teacher, tokenizer, chunk, args, seed=args.seed * 10**6 + first)
-            file.writelines(json.dumps(x, ensure_ascii=False).encode("utf-8") + b"\n" for x in kept)
-            file.flush()
-            os.fsync(file.fileno())  # the record below must not outlive the lines in a power cut
-            progress["problems"] += len(chunk)
-            progress["written"] += len(chunk) * args.samples
-            progress["kept"] += len(kept)
-            progress["bytes"] = file.tell()
-            write_json(progress_path, progress)
-    kept, written = progress["kept"], progress["written"]
+            found = traces(teacher, tokenizer, chunk, args, args.seed * 10**6 + first, bar)
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+            out.file.writelines(line.encode("utf-8") for line in lines)
+            last, kept = first + len(chunk), out.record["kept"] + len(found)
+            out.commit(problems=last, written=last * args.samples, kept=kept)
+    counts = {name: out.record[name] for name in ("problems", "written", "kept")}
+    kept, written = counts["kept"], counts["written"]
     print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / max(1, written):.1%})")
     if not kept:
         raise ValueError(f"no trace of {args.teacher} passed: train it longer, or use --keep all")
-    record = {"args": options, **{k: progress[k] for k in ("problems", "written", "kept")}}
-    write_json(args.out.with_name(f"{args.out.name}.finished.json"), record)
+    files.write_json(f"{args.out}.finished.json", {"args": options, **counts})
     files.unlock(args.out)
-    return progress
+    return counts
 
 
-def progress_so_far(out: Path, progress_path: Path, options: dict) -> dict:
-    """Where this command stopped before. Raises ValueError for another's file."""
-    nothing = {"options": options, "problems": 0, "written": 0, "kept": 0, "bytes": 0}
-    progress = files.read_json(progress_path) if progress_path.is_file() else nothing
-    if progress is nothing and out.exists():
-        raise ValueError(f"{out} exists and is not a trace file to go on with: pass another")
-    if progress.keys() != nothing.keys():
-        raise ValueError(f"{progress_path} is not the record of a trace file: delete it")
-    if progress["options"] != options:
-        other = f"{out} was begun with other flags ({progress['options']})"
-        raise ValueError(f"{other}: use those, or another --out")
-    if not out.exists():
-        return nothing
-    if (size := out.stat().st_size) < progress["bytes"]:
-        short = f"{out} has {size:,} bytes, its record says {progress['bytes']:,}"
-        raise ValueError(f"{short}: delete it, and the same command makes it again")
-    return progress
-
-
-def traces(teacher, tokenizer, problems: list[dict], args, seed: int) -> list[dict]:
+def traces(teacher, tokenizer, problems: list[dict], args, seed: int, bar) -> list[dict]:
     """The jsonl lines of the tries that are kept."""
     generator = torch.Generator(device=teacher.lm_head.weight.device).manual_seed(seed)
     tries = [problem for problem in problems for _ in range(args.samples)]
-    sampling = {"temperature": args.temperature, "generator": generator}
+    sampling = {"temperature": args.temperature, "generator": generator, "bar": bar}
     kept = {}
     for number, ids in enumerate(write_replies(teacher, tokenizer, tries, **sampling)):
         problem, content = tries[number], decode(tokenizer, ids)

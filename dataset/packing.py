@@ -34,11 +34,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class PackedText:
-    """One split ("train" or "val") of a prepared data folder, as windows of seq_len tokens.
-
-    share uses only the first part of the stream (0 < share <= 1). The training split has the other
-    one as `held_out`. Raises ValueError for a folder that is not prepared, or holds no window.
-    """
+    """One split ("train" or "val") of a prepared data folder, as windows of seq_len tokens. share
+    (above 0 to 1): of the stream, its first part. The training split has the other as `held_out`.
+    Raises ValueError for a folder that is not prepared, or holds no window."""
 
     padded = False
 
@@ -62,9 +60,8 @@ class PackedText:
         self.stream = np.memmap(path, dtype=dtype, mode="r")
         self.size = int((len(self.stream) - 1) // seq_len * share)
         if self.size < 1:
-            less = f"of which a share of {share} is less than one window of {seq_len}"
-            cure = "lower --seq_len or prepare more text"
-            raise ValueError(f"{path} holds {len(self.stream)} tokens, {less}: {cure}")
+            less = f"a share of {share} is less than one window of {seq_len}: lower --seq_len"
+            raise ValueError(f"{path} holds {len(self.stream)} tokens, of which {less}")
         self.held_out = PackedText(folder, "val", seq_len) if split == "train" else None
 
     def window_ids(self, step: int, batch_size: int, seed: int) -> np.ndarray:

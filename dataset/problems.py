@@ -13,9 +13,9 @@
     </answer>
 
 A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
-shared equally) or from that and an earlier one (a total). Distractors are added (other things, other
-people). Tier easy has small numbers and tells the facts in the order in which they are needed; tier
-hard (above) shuffles them.
+shared equally) or from that and an earlier one (a total). Distractors are added (other things,
+other people). Tier easy has small numbers and tells the facts in the order in which they are
+needed; tier hard (above) shuffles them.
 
 A line of the trace quotes a fact, then computes. The next fact is found by looking for the last
 name and copying what follows it, which two layers learn within a few hundred steps. With facts the

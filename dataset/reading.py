@@ -1,8 +1,4 @@
-"""What --data names, opened: packed text of a prepared folder, or conversations of a jsonl.
-
-Either gives a run `batch(step, batch_size, seed)` to learn from and `held_out.evaluation(...)` to
-be measured on, and names its tokenizer.
-"""
+"""What --data names, opened: packed text of a prepared folder, or conversations of a jsonl."""
 
 from pathlib import Path
 
@@ -16,8 +12,7 @@ def add_data_flags(parser, data: str = "out/data") -> None:
     add("--data", default=data, help="folder of dataset.prepare, or a jsonl of conversations")
     add("--data_share", type=float, default=1.0, help="first part of the text, above 0 to 1")
     add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
-    tokenizer = "folder of the tokenizer for a jsonl, where no model is given as a folder"
-    add("--tokenizer", default="out/data", help=tokenizer)
+    add("--tokenizer", default="out/data", help="its folder, for a jsonl and a new model")
 
 
 def open_data(args, *models: str | None) -> PackedText | ChatData:

@@ -1,7 +1,8 @@
 """Asking a model to answer problems: read them, and write its replies, batched."""
 
-from tqdm import tqdm
+from contextlib import nullcontext
 
+from files.progress import progress_bar
 from model import generate
 
 from .chat import check_conversation, encode_prompt
@@ -27,14 +28,18 @@ def read_problems(path) -> list[dict]:
 
 
 def write_replies(
-    model, tokenizer, problems: list[dict], max_new_tokens=MAX_NEW_TOKENS, **sampling
+    model, tokenizer, problems: list[dict], max_new_tokens=MAX_NEW_TOKENS, bar=None, **sampling
 ) -> list[list[int]]:
-    """The model's reply to every problem, as token ids; like lengths are batched together."""
+    """The model's reply to every problem, as token ids; like lengths are batched together.
+
+    bar: the progress of a caller who has more problems than these.
+    """
     prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: dict[int, list[int]] = {}
     sampling["stop_ids"] = [special_id(tokenizer, t) for t in ("<|im_end|>", "<|endoftext|>")]
-    with tqdm(total=len(prompts), desc="replies", unit="problem", mininterval=0.5) as bar:
+    alone = bar is None
+    with progress_bar(len(prompts), "replies", unit="reply") if alone else nullcontext(bar) as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             written = generate(model, [prompts[i] for i in rows], max_new_tokens, **sampling)

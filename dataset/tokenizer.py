@@ -60,13 +60,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
 
 def load_tokenizer(folder) -> Tokenizer:
     """The tokenizer of a data or checkpoint folder. Raises ValueError naming what is wrong."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"no tokenizer in '{folder}': make one with: python -m dataset.prepare")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for malformed files
-        raise ValueError(f"{path} is not a tokenizer file ({error})") from None
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    except Exception as error:  # the library raises it bare, for no file and for a malformed one
+        make = "make one with: python -m dataset.prepare"
+        raise ValueError(f"no tokenizer in '{folder}' (tokenizer.json: {error}): {make}") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -94,8 +92,7 @@ def encode_tagged(tokenizer: Tokenizer, text: str) -> list[int]:
 def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a control token. Raises ValueError where this tokenizer has none."""
     if (index := tokenizer.token_to_id(token)) is None:
-        cure = "use one made by python -m dataset.prepare"
-        raise ValueError(f"the tokenizer has no token '{token}': {cure}")
+        raise ValueError(f"the tokenizer has no token '{token}': use one of dataset.prepare")
     return index
 
 

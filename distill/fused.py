@@ -7,9 +7,8 @@ Logits are the largest tensors of a distillation step: B*S = 4,096 tokens at V =
 in float32, and the plain formula keeps about eight of them until the backward pass. But a token's
 loss and gradient need only that token's logits. So a chunk of tokens goes through both heads, gives
 its loss and at once its gradients to hidden states and head; then its logits are forgotten. The
-forward pass ends with the whole gradient at hand, D numbers per token and one head's size; the
-backward pass multiplies it by the gradient that comes in (usually 1). Liger (2410.10989) and cut
-cross-entropy (2411.09009) do the same inside a GPU kernel.
+backward pass multiplies those gradients by the one that comes in (usually 1). Liger (2410.10989)
+and cut cross-entropy (2411.09009) do the same inside a GPU kernel.
 
 Shapes: N tokens, C tokens of a chunk, V vocabulary, D width of the student, E of the teacher.
 """
@@ -40,25 +39,17 @@ def chunk_size(vocab_size: int) -> int:
 
 
 def fused_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    labels: Tensor,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    weights: Tensor | None = None,
-    chunk: int | None = None,
-    compiled: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    student_hidden: Tensor, student_head: Tensor, teacher: tuple[Tensor, Tensor] | None,
+    labels: Tensor, temperature: float = 1.0, alpha: float = 1.0, weights: Tensor | None = None,
+    chunk: int | None = None, compiled: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its parts "ce" and "kl".
 
     student_hidden (..., D), student_head (V, D); teacher: hidden states (..., E) and head (V, E),
     which get no gradient, or None at alpha = 1. labels (...), -100 is ignored; weights (...) of
     the tokens, by default 1. chunk: tokens that have logits at once. compiled: what a chunk
     computes becomes a few passes over memory. Under autocast the heads multiply in its precision;
-    softmax, loss and sums stay float32. Raises ValueError for heads of two vocabularies, a bad
-    temperature or alpha, or a teacher that is missing.
-    """
+    softmax, loss and sums stay float32. Raises ValueError for what cannot be computed."""
     check_temperature(temperature)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha {alpha} must be between 0 (only the teacher) and 1 (only labels)")
@@ -74,25 +65,46 @@ def fused_loss(
     share = weights / torch.where(total > 0, total, 1.0)  # a batch without a token has loss 0
     # What is not finite at a token that counts nothing must not reach the sums: 0 * inf is NaN.
     ignored = (weights == 0)[:, None]
-    teacher_hidden = teacher_head = None
+    hidden, head = hidden.masked_fill(ignored, 0.0), student_head
     if alpha < 1:
-        teacher_hidden, teacher_head = teacher[0].detach().flatten(0, -2), teacher[1].detach()
-        teacher_hidden = teacher_hidden.masked_fill(ignored, 0.0)
-    loss, ce, kl = FusedLoss.apply(
-        hidden.masked_fill(ignored, 0.0), student_head, teacher_hidden, teacher_head, labels, share,
-        temperature, alpha, chunk or chunk_size(len(student_head)), compiled,
-    )  # fmt: skip
-    return loss, ({"ce": ce} if alpha > 0 else {}) | ({"kl": kl} if alpha < 1 else {})
+        teacher_hidden = teacher[0].detach().flatten(0, -2).masked_fill(ignored, 0.0)
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else head.dtype  # of the products
+    hidden_grad = torch.zeros_like(hidden) if hidden.requires_grad else None
+    head_grad = torch.zeros_like(head, dtype=share.dtype) if head.requires_grad else None
+    sums = torch.zeros(3, dtype=share.dtype, device=hidden.device)  # loss, CE, KL
+    of_chunk = compiled_chunk_loss() if compiled else chunk_loss
+    size = chunk or chunk_size(len(head))
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        head_cast = head.to(dtype)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            part, guess = hidden[rows].to(dtype), None
+            if alpha < 1:
+                guess = F.linear(teacher_hidden[rows].to(dtype), teacher[1].to(dtype))
+                guess = guess.to(share.dtype)
+            logits = F.linear(part, head_cast).to(share.dtype)
+            values, grad = of_chunk(logits, guess, labels[rows], share[rows], temperature, alpha)
+            sums, grad = sums + values, grad.to(dtype)
+            if hidden_grad is not None:  # logits = hidden @ head.T
+                hidden_grad[rows] = (grad @ head_cast).to(hidden_grad)
+            if head_grad is not None and dtype == head_grad.dtype:
+                head_grad.addmm_(grad.T, part)
+            elif head_grad is not None:
+                head_grad += grad.T @ part  # summed over chunks in float32
+    head_grad = head_grad if head_grad is None else head_grad.to(head)
+    loss = KnownGradients.apply(hidden, head, sums[0], hidden_grad, head_grad)
+    return loss, ({"ce": sums[1]} if alpha > 0 else {}) | ({"kl": sums[2]} if alpha < 1 else {})
 
 
 def chunk_loss(logits, teacher_logits, labels, share, temperature, alpha):
-    """Loss, CE and KL of a chunk, and the loss's gradient to its logits (C, V), made by autograd.
-
-    labels, share (C,): what each token counts in the means.
-    """
+    """Loss, CE and KL of a chunk (3,), and the loss's gradient to its logits (C, V), by autograd.
+    labels (C,); share (C,): what each token counts in the means."""
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
-        log_probs, ce, kl = logits.log_softmax(-1), 0.0, 0.0
+        log_probs = logits.log_softmax(-1)
+        ce = kl = logits.new_zeros(())
         if alpha > 0:
             known = labels.masked_fill(labels == IGNORE, 0)
             chosen = log_probs.gather(-1, known[:, None]).squeeze(-1)
@@ -106,7 +118,7 @@ def chunk_loss(logits, teacher_logits, labels, share, temperature, alpha):
             per_token = torch.where(teacher_probs == 0, 0.0, terms).sum(-1)
             kl = torch.where(share > 0, share * per_token, 0.0).sum()
         loss = alpha * ce + (1 - alpha) * temperature**2 * kl
-        return loss, ce, kl, torch.autograd.grad(loss, logits)[0]
+        return torch.stack((loss, ce, kl)).detach(), torch.autograd.grad(loss, logits)[0]
 
 
 @cache
@@ -114,50 +126,15 @@ def compiled_chunk_loss():
     return torch.compile(chunk_loss)
 
 
-class FusedLoss(torch.autograd.Function):
-    """Loss, CE and KL, and the loss's gradients to hidden (N, D) and head (V, D), chunk by chunk.
-
-    share (N,): what each token counts in the means, 1 in sum.
-    """
+class KnownGradients(torch.autograd.Function):
+    """A loss whose gradients to hidden states and head are at hand already."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, head, teacher_hidden, teacher_head, labels, share, temperature, alpha, size,
-        compiled,
-    ):  # fmt: skip
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else head.dtype  # of the products
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
-        head_grad = torch.zeros_like(head, dtype=share.dtype) if need_head else None
-        sums = torch.zeros(3, dtype=share.dtype, device=hidden.device)  # loss, CE, KL
-        of_chunk, head_cast = compiled_chunk_loss() if compiled else chunk_loss, head.to(dtype)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), size):
-                rows = slice(start, start + size)
-                part, guess = hidden[rows].to(dtype), None
-                if alpha < 1:
-                    guess = F.linear(teacher_hidden[rows].to(dtype), teacher_head.to(dtype))
-                    guess = guess.to(share.dtype)
-                logits = F.linear(part, head_cast).to(share.dtype)
-                *values, logits_grad = of_chunk(
-                    logits, guess, labels[rows], share[rows], temperature, alpha
-                )
-                values = [torch.as_tensor(value).detach().to(sums) for value in values]
-                sums, logits_grad = sums + torch.stack(values), logits_grad.to(dtype)
-                if need_hidden:  # logits = hidden @ head.T
-                    hidden_grad[rows] = (logits_grad @ head_cast).to(hidden_grad)
-                if need_head and dtype == head_grad.dtype:
-                    head_grad.addmm_(logits_grad.T, part)
-                elif need_head:
-                    head_grad += logits_grad.T @ part  # summed over chunks in float32
-        ctx.save_for_backward(hidden_grad, head_grad if head_grad is None else head_grad.to(head))
-        loss, ce, kl = sums.unbind()
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+    def forward(ctx, hidden, head, loss, hidden_grad, head_grad):
+        ctx.save_for_backward(hidden_grad, head_grad)
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad, _ce, _kl):
+    def backward(ctx, grad):
         gradients = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
-        return *gradients, *[None] * 8
+        return *gradients, None, None, None

@@ -4,15 +4,10 @@
     kl_divergence       of every token, KL(p_T || q_T) = sum_v p_T(v) * (log p_T(v) - log q_T(v))
     distillation_loss   T^2 * KL(p_T || q_T), the mean over valid tokens
 
-p_T = softmax(teacher_logits / T), q_T = softmax(student_logits / T). T > 1 flattens both
-distributions, so that the small probabilities, where the teacher says which wrong tokens are nearly
-right, weigh more; T^2 undoes the 1/T^2 by which flattening shrinks the gradient (Hinton, Vinyals &
-Dean 2015, 1503.02531). train_distillation.py mixes it with cross-entropy:
-
-    loss = alpha * CE + (1 - alpha) * distillation_loss
-
-Convention: alpha sits on cross-entropy, as in MiniMind. torchtune, MiniLLM and DistiLLM put their
-ratio on the KL instead; TRL, torchtune and Liger leave T^2 out.
+p_T = softmax(teacher_logits / T), q_T = softmax(student_logits / T); train_distillation.py says why
+and mixes it, alpha * CE + (1 - alpha) * distillation_loss. Convention: alpha sits on cross-entropy,
+as in MiniMind. torchtune, MiniLLM and DistiLLM put their ratio on the KL instead; TRL, torchtune
+and Liger leave T^2 out.
 
 Everything is computed in float32 or better: softmax in bfloat16 is coarse enough to give negative
 divergences. (F.kl_div's reduction="batchmean" is not a mean over tokens on (B, S, V): it divides by
@@ -47,9 +42,7 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] of every token: logits (..., V), labels (...) -> (...).
-
-    Labels of -100 give 0; another label outside 0 .. V-1 is an error of gather.
-    """
+    Labels of -100 give 0; another label outside 0 .. V-1 is an error of gather."""
     log_probs = at_least_float32(logits).log_softmax(-1)
     ignored = labels == IGNORE
     chosen = log_probs.gather(-1, labels.masked_fill(ignored, 0)[..., None]).squeeze(-1)
@@ -60,10 +53,8 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """KL(teacher || student) of every token at `temperature`, without T^2: (..., V) -> (...)."""
     check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} differ in shape: both need one batch and one vocabulary"
-        )
+        shapes = f"student logits {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"{shapes} of the teacher differ in shape: use one batch, one tokenizer")
     student_log_probs = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     teacher_logits = at_least_float32(teacher_logits.detach())
     teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
@@ -74,15 +65,9 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature=1.0
 ) -> Tensor:
     """T^2 * KL(teacher || student), a scalar: the mean over tokens where mask is true.
-
-    student_logits, teacher_logits: (B, S, V). mask: (B, S), bool, or non-negative weights. Raises
-    ValueError for shapes that differ or a temperature that is not positive.
-    """
+    student_logits, teacher_logits: (B, S, V). mask: (B, S), bool, or non-negative weights."""
     per_token = kl_divergence(student_logits, teacher_logits, temperature)
     return temperature**2 * weighted_mean(per_token, mask)

@@ -8,10 +8,8 @@
         answer_weight  inside <answer> ... </answer>
         1              elsewhere in the assistant's turn: between the spans, the end of the turn
 
-Four tokens out of some fifty carry the form of the answer; their weight makes the form certain
-early. Dividing by sum(w), not by the token count, keeps the size of the loss from following how
-many tags a batch happens to hold. An unclosed span reaches to the end of its turn; where spans
-are nested the one that opened last decides.
+An unclosed span reaches to the end of its turn; where spans are nested the one that opened last
+decides.
 """
 
 import torch
@@ -25,14 +23,11 @@ TAG_IDS = (3, 4, 5, 6)  # <think>, </think>, <answer>, </answer>
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum(weights * CE) / sum(weights), a scalar; 0 (with a gradient path) if nothing weighs.
-
-    logits (B, S, V); labels (B, S), -100 is ignored; weights (B, S), non-negative, by default 1
-    on every label. A label of -100 counts 0 whatever its weight says.
-    """
+    logits (B, S, V); labels (B, S), of which -100 counts 0 whatever its weight; weights (B, S),
+    non-negative, by default 1."""
     valid = (labels != IGNORE).to(torch.float32)
-    return weighted_mean(
-        cross_entropy(logits, labels), valid if weights is None else weights * valid
-    )
+    weights = valid if weights is None else weights * valid
+    return weighted_mean(cross_entropy(logits, labels), weights)
 
 
 def reasoning_weights(
@@ -44,10 +39,7 @@ def reasoning_weights(
     end_of_turn: int = END_OF_TURN,
 ) -> Tensor:
     """The weight of every label (B, S) -> (B, S) float32, from the special-token ids alone.
-
-    tag_ids: ids of <think>, </think>, <answer>, </answer>. Raises ValueError for a negative or
-    infinite weight.
-    """
+    Raises ValueError for a negative or infinite weight."""
     named = {"tag_weight": tag_weight, "think_weight": think_weight, "answer_weight": answer_weight}
     for name, weight in named.items():
         if not 0 <= weight < float("inf"):

@@ -13,8 +13,7 @@ from torch import Tensor
 
 
 def top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and log_probs (N, k) of the k likeliest of log_probs (N, V), and the log of the mass of
-    all others (N,)."""
+    """ids and log_probs (N, k) of the k likeliest of (N, V), and log of the others' mass (N,)."""
     kept, ids = log_probs.topk(k, dim=-1)
     others = log_probs.scatter(-1, ids, -torch.inf)
     return ids, kept, others.logsumexp(-1)
@@ -22,13 +21,11 @@ def top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def sample(log_probs: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """k ids and log weights (N, k), so that E[weight of v] = p_v; and the entropy (N,).
-
     Tokens likelier than a threshold t are kept with their own p. Any other is kept with
     probability p / t, and then stands for t: p / t * t = p on average. t is such that k are kept.
     The draw is systematic (Madow 1949): sample points at t * (u + 0, 1, 2, ...) on the tokens laid
     end to end, with one u per row; so the weights sum to 1 exactly, and vary less than independent
-    draws from p (the paper's), which need several slots for a likely token.
-    """
+    draws from p (the paper's), which need several slots for a likely token."""
     probs = log_probs.double().exp()  # float32 cumulative sums are off by more than a rare token
     top, top_ids = probs.topk(k, dim=-1)
     left = (1 - top.cumsum(-1) + top).clamp(min=0)  # mass from the j-th likeliest on

@@ -2,9 +2,11 @@
 
     python -m eval.chat --model out/reasoner
     python -m eval.chat --model out/reasoner --teacher out/reason_teacher     # both reply
-    python -m eval.chat --model out/student --complete                        # go on with a text
+    python -m eval.chat --model out/student --complete                        # continue a text
 
-An empty line or Ctrl-D ends the talk. "/new" forgets what was said.
+Replies are greedy. Texts are sampled, at temperature 0.8 from the likeliest 95%: greedy, a small
+model soon repeats one sentence for ever. An empty line or Ctrl-D ends the talk; "/new" forgets what
+was said.
 """
 
 import argparse
@@ -14,8 +16,11 @@ import torch
 from dataset.chat import encode_prompt
 from dataset.tokenizer import decode, encode, load_tokenizer, special_id
 from files import command_line, new_parser, printable
-from model import load_model, stream
+from model import generate, load_model, stream
 from model.device import choose_device
+
+TEXT = {"temperature": 0.8, "top_p": 0.95}  # how a text is continued unless flags say otherwise
+TURNS = {"temperature": 0.0, "top_p": 1.0}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -23,22 +28,39 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
     parser.add_argument("--teacher", default=None, help="a second folder, which replies too")
     parser.add_argument("--complete", action="store_true", help="continue your text, without turns")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; 0 to 10")
+    greedy = "0 is greedy; 0 to 10 [0; with --complete 0.8]"
+    parser.add_argument("--temperature", type=float, default=None, help=greedy)
     parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0 is off")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample in this mass; 1 is off")
+    mass = "sample among the likeliest of this mass; 1 is off [1; with --complete 0.95]"
+    parser.add_argument("--top_p", type=float, default=None, help=mass)
     parser.add_argument("--max_new_tokens", type=int, default=200, help="of one reply, 1 or more")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in (TEXT if args.complete else TURNS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    return tuple(special_id(tokenizer, name) for name in ("<|im_end|>", "<|endoftext|>"))
+
+
+def complete(model, tokenizer, prompt: str, max_new_tokens: int = 100, seed: int = 0) -> str:
+    """How the model continues the prompt, sampled as `--complete` does; one seed, one text."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    sampling = {**TEXT, "stop_ids": stop_ids(tokenizer), "generator": generator}
+    (ids,) = generate(model, [encode(tokenizer, prompt)], max_new_tokens, **sampling)
+    return decode(tokenizer, ids)
 
 
 def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
     """Print the reply while it is made; return it whole."""
-    stops = tuple(special_id(tokenizer, name) for name in ("<|im_end|>", "<|endoftext|>"))
     room = model.config.max_position_embeddings - args.max_new_tokens
     prompt = prompt[-room:]  # the oldest words are forgotten first
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    sampling |= {"stop_ids": stops, "generator": generator}
+    sampling |= {"stop_ids": stop_ids(tokenizer), "generator": generator}
     ids, shown = [], ""
     for token in stream(model, prompt, args.max_new_tokens, **sampling):
         ids.append(token)
@@ -70,6 +92,7 @@ def main(args) -> None:
         try:
             said = input("> ")
         except EOFError:
+            print()
             return
         if not said.strip():
             return

@@ -9,18 +9,23 @@ from pathlib import Path
 import numpy as np
 
 from eval.plots import PICTURES, by_arm, rows_of
+from eval.samples import samples
 from files import atomic_path
 
-TEXT = ("headline", "temperature", "alpha", "teacher_size", "data_share", "optimizer")
+TEXT = (
+    "headline", "data_share", "temperature", "alpha", "teacher_size", "teacher_reading", "optimizer"
+)  # fmt: skip
+REASONING = ("reasoning", "reasoning_hard")
 # Title of a column -> what it shows, times what, with how many digits.
 TEXT_COLUMNS = {
     "held-out loss": ("val_loss",), "bits/byte": ("bits_per_byte",), "KL": ("kl",),
-    "agreement %": ("agreement", 100, 1), "s": ("seconds", 1, 0),
+    "agreement %": ("agreement", 100, 1), "seconds": ("seconds", 1, 0),
+    "Tflop": ("flops", 1e-12, 2),
 }  # fmt: skip
 REASONING_COLUMNS = {
     **{f"{steps} step %": (f"accuracy_{steps}", 100, 0) for steps in range(1, 6)},
     "formed %": ("well_formed", 100, 0), "verified %": ("verified", 100, 0),
-    "s": ("seconds", 1, 0),
+    "seconds": ("seconds", 1, 0),
 }  # fmt: skip
 
 
@@ -54,10 +59,11 @@ def arms_table(results: Path, names: tuple, columns: dict[str, tuple]) -> str:
 
 
 def write_report(results: Path, scale) -> str:
-    """Write RESULTS/README.md; returns the tables."""
+    """Write RESULTS/README.md; returns its tables and what the models wrote."""
     tables = arms_table(results, TEXT, TEXT_COLUMNS)
     if rows_of(results, "reasoning"):
-        tables += "\n\n" + arms_table(results, ("reasoning",), REASONING_COLUMNS)
+        tables += "\n\n" + arms_table(results, REASONING, REASONING_COLUMNS)
+    written = samples(scale)
     devices = {row["device"] for row in rows_of(results, "headline")}
     pictures = [name for name in PICTURES if (Path(results) / name / "plot.png").is_file()]
     parts = [
@@ -66,13 +72,17 @@ def write_report(results: Path, scale) -> str:
         f"for each of the runs side by side ({platform.system()}, Python "
         f"{platform.python_version()}). Every CSV row holds the command of its run.",
         f"Text: Shakespeare's plays, {scale.text_steps} steps of {scale.text_batch} x "
-        f"{scale.seq_len} tokens. Mean ± standard deviation over seeds; the seed is that of data "
-        "order, student and teacher together. Held-out loss is in nats per token on three whole "
-        "plays; KL and agreement beside the student's own teacher, for plain students beside the "
-        "reference teacher. s: seconds of training, without the teacher's own.",
+        f"{scale.seq_len} tokens for students, {scale.teacher_steps} for teachers. Mean ± standard "
+        "deviation over seeds; the seed is that of data order, student and teacher together. "
+        "Held-out loss is in nats per token on three whole plays; KL and agreement beside the "
+        "student's own teacher, for plain students beside the reference teacher. Seconds and "
+        "operations are those of training: a distilled student's include its teacher's passes, not "
+        "its teacher's training.",
         tables,
         *(f"![{name}]({name}/plot.png)" for name in pictures),
+        "## What they write",
+        written,
     ]
     with atomic_path(Path(results) / "README.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", "utf-8")
-    return tables
+    return f"{tables}\n\n{written}"

@@ -18,10 +18,8 @@ WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "I/O error")
 
 @contextmanager
 def atomic_path(path) -> Iterator[Path]:
-    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed.
-
-    Raises OSError naming `p` where the disk does not take it; what was at `p` is then unchanged.
-    """
+    """`with atomic_path(p) as temporary:` `temporary` becomes `p` if nothing failed. Raises OSError
+    naming `p` where the disk does not take it; what was at `p` is then unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -29,26 +27,24 @@ def atomic_path(path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        move(temporary, path)
     except Exception as error:
         if not isinstance(error, OSError) and not any(x in str(error) for x in WRITE_FAILED):
             raise
-        cure = "make room on its disk, or choose another; what was there before is unchanged"
         reason = str(error).splitlines()[0]
+        cure = "make room on its disk, or choose another; what was there before is unchanged"
         raise OSError(f"{path} could not be written ({reason}): {cure}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut; Windows has no call for it."""
+def move(source: Path, target: Path) -> None:
+    """Rename, so that it lasts through a power cut; Windows has no call for that."""
+    os.replace(source, target)
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_json(path, value) -> None:

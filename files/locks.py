@@ -19,10 +19,8 @@ def lock_path(path) -> str:
 
 
 def lock(path, wait: bool = False) -> None:
-    """Keep other processes from `path` until `unlock`; locking twice is no error.
-
-    wait: until it is free. Raises Locked, a ValueError, where another process has it.
-    """
+    """Keep other processes from `path` until `unlock`; locking twice is no error. wait: until it
+    is free. Raises Locked, a ValueError, where another process has it."""
     name = lock_path(path)
     if name not in held:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,17 +4,12 @@ import subprocess
 from pathlib import Path
 
 
-def git(*words: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def git_state() -> dict:
-    """The commit of this code, and whether files differ from it; None without git."""
-    status = git("status", "--porcelain", "--untracked-files=no")
-    dirty = None if status is None else bool(status)
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
+    """The commit of this code, and whether tracked files differ from it; None without git."""
+    ask = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.check_output([*ask, "--exclude=*"], stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+    commit, _, dirty = found.strip().partition("-")
+    return {"git_commit": commit, "git_dirty": bool(dirty)}

@@ -2,11 +2,10 @@
 
     config.json               sizes and architecture (`ModelConfig.to_json`)
     manifest.json             sha256 of the weights' file, checked on loading
-    model.safetensors         weights under Hugging Face's Llama names; a tied head is not stored
+    model.safetensors         weights under Hugging Face's names; a tied head is not stored
     generation_config.json    which tokens end a turn
     tokenizer.json, ...       copied from where the model's tokenizer lies
 
-Loading is strict: every parameter must be there with its exact shape, and nothing may be left over.
 Only safetensors are read, so loading a stranger's folder runs no code of theirs.
 """
 
@@ -27,9 +26,7 @@ MANIFEST = "manifest.json"
 
 def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | None = None):
     """Write `model` to `folder`, in the dtype of its parameters, with a copy of its tokenizer.
-
-    state: the model's state_dict, where it had to be gathered from several processes.
-    """
+    state: its state_dict, where it had to be gathered from several processes."""
     folder, state = Path(folder), model.state_dict() if state is None else state
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
@@ -53,9 +50,8 @@ def check_manifest(file: Path) -> None:
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
     if file_hash(file) not in read_json(manifest).get("sha256", []):
-        damaged = f"{file} is damaged: its bytes are not those that {MANIFEST} names"
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
-        raise ValueError(f"{damaged}; {cure}")
+        raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")
 
 
 def weights_hash(folder) -> str:
@@ -95,39 +91,28 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
     """A checkpoint folder's model on `device`, its parameters in `dtype`, in evaluation mode.
-
-    Raises ValueError for a folder, architecture, key or shape that does not fit.
-    """
+    Raises ValueError unless every parameter is there with its exact shape, and no other."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: nothing is allocated before the file is checked
         model = Transformer(config)
-    expected = dict(model.named_parameters())  # a tied head appears once, as embed_tokens
-    loaded: dict[str, torch.Tensor] = {}
+    state = {}
     for file in weight_files(Path(folder)):
         try:
-            tensors = load_file(file)
+            state |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             unreadable = f"{file} is not a readable safetensors file ({error})"
             raise ValueError(f"{unreadable}: save or download it again") from None
-        for name, tensor in tensors.items():
-            # Older exports store rotary tables, and some a copy of the tied head.
-            tied = name == "lm_head.weight" and config.tie_word_embeddings
-            if tied or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name not in expected:
-                kind = config.to_json()["architectures"][0]
-                cure = f"the file is not of this {kind}; check config.json"
-                raise ValueError(f"{file}: unexpected weight '{name}': {cure}")
-            found, shape = tuple(tensor.shape), tuple(expected[name].shape)
-            if found != shape:
-                differs = f"'{name}' has shape {found}, config.json says {shape}"
-                raise ValueError(f"{file}: {differs}: the two do not belong together")
-            loaded[name] = tensor.to(dtype)
         check_manifest(file)
-    if missing := [name for name in expected if name not in loaded]:
-        first = f"{folder}: weight '{missing[0]}' is missing ({len(missing)} in all)"
-        raise ValueError(f"{first}: the checkpoint is incomplete; save or download it again")
-    model.load_state_dict(loaded, strict=False, assign=True)  # every name was checked above
+    # Older exports store rotary tables, and some a copy of the tied head.
+    state = {k: tensor for k, tensor in state.items() if not k.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over or of another shape
+        reason = " ".join(str(error).split())[:300]
+        cure = "config.json is of another model, or save or download the weights again"
+        raise ValueError(f"{folder}: {reason}: {cure}") from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_().to(device).eval()

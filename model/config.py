@@ -7,18 +7,13 @@ refused by name: a model that loads but computes something else is worse than on
 
 from dataclasses import asdict, dataclass, fields
 
-# Far above any model there is; a stranger's config.json may ask for more than memory holds.
-LARGEST, MOST_LAYERS = 10**7, 1000
+LARGEST, MOST_LAYERS = 10**7, 1000  # a stranger's config.json may ask for more than memory holds
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a `Transformer`. Raises ValueError for sizes that cannot work.
-
-    attention_bias adds a bias to the q, k and v projections (Qwen2); qk_norm normalises every
-    query and key head before the rotary embedding (Qwen3).
-    """
+    """Sizes and options of a `Transformer`. Raises ValueError for sizes that cannot work."""
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -31,21 +26,19 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    qk_norm: bool = False
+    attention_bias: bool = False  # of the q, k and v projections: Qwen2
+    qk_norm: bool = False  # every query and key head is normalised before its rotation: Qwen3
 
     def __post_init__(self):
         for field in fields(self):
             value, name = getattr(self, field.name), field.name
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"config: {name} = {value!r} must be a positive integer")
-            if field.type is int and value > most:
-                raise ValueError(f"config: {name} = {value} must be at most {most}")
+            if field.type is int and (type(value) is not int or not 1 <= value <= most):
+                allowed = f"must be a positive integer, at most {most}"
+                raise ValueError(f"config: {name} = {value!r} {allowed}")
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads % shared:
-            cannot = f"config: {heads} attention heads cannot share {shared} key-value heads"
-            raise ValueError(f"{cannot}: use a divisor")
+            raise ValueError(f"config: {heads} heads cannot share {shared} key-value heads equally")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim = {self.head_dim} must be even for RoPE")
         if self.attention_bias and self.qk_norm:
@@ -118,7 +111,7 @@ class ModelConfig:
 
 
 # name: width D, layers L, heads H, key-value heads K, intermediate size, positions.
-# Parameters at a vocabulary of 2,048: nano 0.21M, micro 0.46M, mini 0.99M, midi 2.4M, small 5.0M;
+# Parameters at a vocabulary of 2,048: nano 0.23M, micro 0.49M, mini 1.05M, midi 2.4M, small 5.0M;
 # at MiniMind's 6,400: base 26M, large 104M.
 PRESETS = {
     "nano": (64, 2, 2, 1, 192, 1024),

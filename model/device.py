@@ -15,9 +15,7 @@ import torch
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The torch device for --device; "auto" takes CUDA, then Apple's MPS, then the CPU.
-
-    local_rank: this process's number on the machine, where there are several: each has its own GPU.
-    """
+    local_rank: of this process, where there are several on the machine: each has its own GPU."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -121,9 +119,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory in MB since `reset_peak_memory`: the GPU's on CUDA, else the whole process's.
-
-    None on Windows, which does not tell. On macOS the count cannot be reset.
-    """
+    None on Windows, which does not tell; on macOS since the process began."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     if sys.platform == "linux":

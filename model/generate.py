@@ -1,8 +1,7 @@
 """Write text with a model: a key-value cache, a batch with left padding, greedy or sampled.
 
-Prompts stand flush right; the padding on their left is masked out, and positions count from each
-prompt's own first token, so a row's result does not depend on the rows beside it. The cache holds
-every layer's keys and values, so that a step computes one token only.
+The padding on a prompt's left is masked out, and positions count from each prompt's own first
+token, so a row's result does not depend on the rows beside it.
 """
 
 from collections.abc import Container, Iterator
@@ -17,7 +16,8 @@ PAD_ID, END_OF_TEXT_ID, END_OF_TURN_ID = 0, 0, 2
 
 
 class KeyValueCache:
-    """Keys and values of all layers, each (B, K, capacity, d), filled from the left."""
+    """Keys and values of all layers, each (B, K, capacity, d), filled from the left, so that a step
+    computes one token only."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -84,9 +84,8 @@ def decode(
     ids, attention_mask = left_pad(prompts, model.lm_head.weight.device)
     limit, length = model.config.max_position_embeddings, ids.shape[1]
     if length + max_new_tokens > limit:
-        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones"
-        cure = "shorten the prompt or lower max_new_tokens"
-        raise ValueError(f"{asked} need more than the model's {limit} positions: {cure}")
+        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones (lower max_new_tokens)"
+        raise ValueError(f"{asked} need more than the model's {limit} positions")
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     finished = set()
     cache = KeyValueCache(length + max_new_tokens) if use_cache else None
@@ -130,8 +129,7 @@ def generate(
     Options: temperature (0, the default, is greedy), top_k (0 is off), top_p (1 is off), stop_ids
     (a row ends before the first of them), generator (a torch.Generator that makes sampling
     repeatable), use_cache (False computes the whole sequence at every step, to check the cache).
-    Raises ValueError for empty prompts or more positions than the model has.
-    """
+    Raises ValueError for empty prompts or more positions than the model has."""
     results: list[list[int]] = [[] for _ in prompts]
     for made in decode(model, prompts, max_new_tokens, **options):
         for row, token in made:

@@ -54,9 +54,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value; causal where there is no mask.
-
-    query (B, H, S, d), key and value (B, K, keys, d): a key-value head serves H / K query heads.
-    """
+    query (B, H, S, d), key and value (B, K, keys, d): a key-value head serves H / K query heads."""
     # On a CPU the kernel takes a fifth longer in bfloat16 than in float32, twice as long backward;
     # for short sequences the formula itself, compiled, is faster than either.
     device = query.device.type
@@ -91,8 +89,7 @@ class Record:
     hidden      L + 1 of (B, S, D): the embedding, then the stream after each layer, before the norm
     attention   L of (B, H, S, keys), rows that sum to 1; by the formula, as no kernel tells them
     queries     L of (B, H, S, d), keys and values L of (B, K, keys, d), after rotation
-    and logits (B, S, V).
-    """
+    and logits (B, S, V)."""
 
     NAMES = ("hidden", "attention", "queries", "keys", "values")
 
@@ -203,8 +200,7 @@ class Transformer(nn.Module):
 
     Logits at position s say what comes at s + 1; labels are shifted in dataset/, never here.
     positions (B, S), cache and mask (B, 1, S, keys) serve generation; right-padded training batches
-    need no mask, as a causal query never sees what stands to its right. record: a Record to fill.
-    """
+    need no mask, as a causal query never sees what stands to its right."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

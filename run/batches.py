@@ -18,17 +18,13 @@ COLUMNS = 32
 
 def micro_batches(batch: tuple[Tensor, ...], parts: int, padded: bool) -> Iterator[tuple]:
     """Cut the batch's rows into `parts` pieces; yield (piece, how many labels it has to learn).
-
     Of N processes each takes every Nth row, so that long and short rows are dealt evenly. Pieces
-    without a label are left out. padded: a piece ends at its last label; what stands to the right
-    of it cannot matter under causal attention.
-    """
+    without a label are left out. padded: a piece ends at its last label (causal attention)."""
     size = parallel.world_size()
     of_ranks = [list(pieces_of_rank(batch, parts, padded, rank, size)) for rank in range(size)]
     local = of_ranks[parallel.rank()]
     yield from local
-    # With --fsdp all processes must run a layer together. One that has fewer pieces runs along on
-    # another's, of which it counts nothing.
+    # With --fsdp all must run a layer together: who has fewer pieces runs along, counting nothing.
     for piece, _ in max(of_ranks, key=len)[len(local) :]:
         yield piece, 0
 
@@ -56,8 +52,7 @@ class Accumulated:
     def add(self, loss: Tensor, parts: dict, labels: int, weight: Tensor | None) -> None:
         """Backward; the micro-batch counts by its `weight`, or by its labels, over the batch's."""
         share = (labels if weight is None else torch.as_tensor(weight).detach()) / self.labels
-        if labels == 0:  # runs along for --fsdp, and counts nothing
-            share = 0.0
+        share = share if labels else 0.0  # a piece that only runs along
         (share * loss).backward()
         self.loss += share * loss.detach()
         for name, value in parts.items():

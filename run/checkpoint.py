@@ -6,10 +6,9 @@
     run.json                                              what ran, where, and what came out
     resume/state-000000400-9f86d081884c7d65.pt            only while the run is unfinished
 
-A state holds everything that the next step depends on. Its name has the step, and the first digits
-of the file's sha256: a state and its checksum appear in one rename, so no crash can leave one
-without the other. Two are kept: the newest may be the one that the disk spoilt. Only tensors and
-plain values are read (weights_only): a pickle that runs code is refused.
+A state holds everything that the next step depends on. Its name has the first digits of its
+sha256: both appear in one rename, so no crash can leave one without the other. Two are kept: the
+newest may be the one that the disk spoilt. Only tensors and plain values are read (weights_only).
 """
 
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from files import Finished, atomic_path, file_hash, lock, read_json, sync_folder, write_json
+from files import Finished, atomic_path, file_hash, lock, read_json, write_json
+from files.atomic import move
 
 from . import parallel
 
@@ -33,10 +33,8 @@ class RunFolder:
         self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
     def open(self, resume: bool, overwrite: bool) -> tuple[dict | None, str]:
-        """Lock the folder; returns the state to go on from, or None, and where it was found.
-
-        Raises Finished where nothing is left to resume, ValueError where a run would be lost.
-        """
+        """Lock the folder; returns the state to go on from, or None, and where it was found. Raises
+        Finished where nothing is left to resume, ValueError where a run would be lost."""
         if parallel.is_main():
             lock(self.path)
         record, states = self.path / "run.json", list(self.path.glob("resume/state-*.pt"))
@@ -51,10 +49,8 @@ class RunFolder:
         elif resume:
             print(f"{self.path}: no state to resume, starting at step 0")
         elif (record.is_file() or states) and not overwrite:
-            raise ValueError(
-                f"{self.path} already holds a run: pass --resume to go on with it, --overwrite "
-                "to replace it, or another --out"
-            )
+            cure = "pass --resume to go on with it, --overwrite to replace it, or another --out"
+            raise ValueError(f"{self.path} already holds a run: {cure}")
         parallel.barrier()  # nothing is written before all processes have read
         if parallel.is_main():
             if overwrite:
@@ -67,20 +63,16 @@ class RunFolder:
     def check_same_flags(self, before: dict) -> None:
         for name, value in self.flags.items():
             if name not in NOT_IN_RESULT and before.get(name) != value:
-                raise ValueError(
-                    f"cannot resume {self.path} with --{name} {value}: it ran with "
-                    f"{before.get(name)}; use that, or another --out"
-                )
+                ran = f"it ran with {before.get(name)}; use that, or another --out"
+                raise ValueError(f"cannot resume {self.path} with --{name} {value}: {ran}")
 
     def save_state(self, step: int, state: dict) -> None:
         """Add a state, drop all but the newest ones. To be called by rank 0."""
-        folder = self.path / "resume"
-        with atomic_path(folder / "state.new") as temporary:
+        new = self.path / "resume" / "state.new"
+        with atomic_path(new) as temporary:
             torch.save({**state, "flags": self.flags}, temporary)
-        digits = file_hash(folder / "state.new")[:HASH_DIGITS]
-        (folder / "state.new").replace(folder / f"state-{step:09d}-{digits}.pt")
-        sync_folder(folder)
-        for old in sorted(folder.glob("state-*.pt"))[:-STATES_KEPT]:
+        move(new, new.with_name(f"state-{step:09d}-{file_hash(new)[:HASH_DIGITS]}.pt"))
+        for old in sorted(new.parent.glob("state-*.pt"))[:-STATES_KEPT]:
             old.unlink()
 
     def finish(self, record: dict) -> None:
@@ -89,10 +81,8 @@ class RunFolder:
 
 
 def newest_state(folder: Path) -> tuple[Path, dict, list[str]]:
-    """The newest state whose bytes have the sha256 that its name tells, and its path.
-
-    Third: what is wrong with newer ones. Raises ValueError where none is whole.
-    """
+    """The newest state whose bytes have the sha256 that its name tells: its path, the state, and
+    what is wrong with newer ones. Raises ValueError where none is whole."""
     refused = []
     for path in sorted(folder.glob("state-*.pt"), reverse=True):
         try:
@@ -101,6 +91,4 @@ def newest_state(folder: Path) -> tuple[Path, dict, list[str]]:
             return path, torch.load(path, map_location="cpu", weights_only=True), refused
         except Exception as error:  # torch raises many types for a damaged file
             refused.append(f"{path.name} is damaged ({str(error).splitlines()[0]})")
-    raise ValueError(
-        f"{folder} cannot be read ({'; '.join(refused)}): start again with --overwrite"
-    )
+    raise ValueError(f"no state can be read ({'; '.join(refused)}): start again with --overwrite")

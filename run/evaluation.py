@@ -58,6 +58,5 @@ def evaluate(
     if bytes_per_token is not None:
         metrics["bits_per_byte"] = loss / math.log(2) / bytes_per_token
     metrics["ece"] = float((bins[0] - bins[1]).abs().sum() / tokens)
-    return metrics | (
-        {} if teacher is None else {"kl": kl / tokens, "agreement": agreeing / tokens}
-    )
+    of_teacher = {"kl": kl / tokens, "agreement": agreeing / tokens}
+    return metrics if teacher is None else metrics | of_teacher

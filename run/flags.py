@@ -13,9 +13,7 @@ def add_common_flags(
     parser: ArgumentParser, *, out: str, pair: bool = False, fused: bool = True, **defaults
 ) -> None:
     """Add --out and the flags of optimisation and running; `defaults` overrides values.
-
-    pair: also --teacher and --student, as most methods have them. fused: also --fused.
-    """
+    pair: also --teacher and --student, as most methods have them. fused: also --fused."""
     if pair:
         add = parser.add_argument_group("models").add_argument
         add("--teacher", default="out/teacher", help="checkpoint folder")
@@ -25,10 +23,9 @@ def add_common_flags(
     add("--out", type=Path, default=Path(out), help="folder that the run writes")
     add("--seed", type=int, default=0, help="of weights and batch order, 0 or more")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    dtype = "of the forward pass; auto is bfloat16 where the machine multiplies in it"
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
-    compile = "torch.compile the models: half a minute first, then faster steps"
-    add("--compile", action=BooleanOptionalAction, default=False, help=compile)
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the machine has it")
+    add("--compile", action=BooleanOptionalAction, default=False, help="slow start, faster steps")
     if fused:
         when = "the loss without logits; auto: where those of a batch would take more than 256 MB"
         add("--fused", choices=("auto", "yes", "no"), default="auto", help=when)
@@ -42,8 +39,7 @@ def add_common_flags(
     add("--flops", type=float, help="instead of --steps: floating-point operations to spend, 1 on")
     add("--seconds", type=float, help="instead of --steps: time to spend, above 0")
     add = group.add_argument
-    batch = "sequences of one optimizer step, over all processes, 1 or more"
-    add("--batch_size", type=int, default=16, help=batch)
+    add("--batch_size", type=int, default=16, help="sequences of a step, over all processes, 1+")
     add("--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat), 2+")
     parts = "parts that a process cuts its rows into: the same in less memory, 1 to batch_size"
     add("--accumulation_steps", type=int, default=1, help=parts)
@@ -56,10 +52,8 @@ def add_common_flags(
     nonfinite = "what a loss or gradient of inf or nan does; skip leaves out at most 10 in a row"
     add("--on_nonfinite", choices=("stop", "skip"), default="stop", help=nonfinite)
     add("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
-    final = "held-out windows or conversations of the last evaluation"
-    add("--final_eval", type=int, default=400, help=final)
-    patience = "stop after this many evaluations without a better held-out loss; 0 is off"
-    add("--patience", type=int, default=0, help=patience)
+    add("--final_eval", type=int, default=400, help="held-out sequences of the last evaluation")
+    add("--patience", type=int, default=0, help="evaluations without a better loss; 0 is off")
     parser.set_defaults(**defaults)
 
 
@@ -67,18 +61,12 @@ def check_flags(args) -> None:
     """Raise ValueError, naming the flag, for what cannot work, alone or together."""
     check_ranges(args)
     if args.accumulation_steps > args.batch_size:
-        raise ValueError(
-            f"--accumulation_steps {args.accumulation_steps} cannot cut a batch of "
-            f"{args.batch_size} sequences: lower it or raise --batch_size"
-        )
+        parts = f"--accumulation_steps {args.accumulation_steps} cannot cut a batch of"
+        raise ValueError(f"{parts} {args.batch_size} sequences: lower it or raise --batch_size")
     processes = parallel.world_size()
     if processes > args.batch_size:
-        raise ValueError(
-            f"{processes} processes cannot share a batch of {args.batch_size} sequences: raise "
-            "--batch_size, or lower torchrun's --nproc_per_node"
-        )
+        few = f"{processes} processes cannot share a batch of {args.batch_size} sequences"
+        raise ValueError(f"{few}: raise --batch_size, or lower torchrun's --nproc_per_node")
     if args.fsdp and processes == 1:
-        raise ValueError(
-            "--fsdp shards the models over several processes: start two or more with "
-            "torchrun --nproc_per_node=2 and the rest of this command"
-        )
+        start = "start two or more with torchrun --nproc_per_node=2 and the rest of this command"
+        raise ValueError(f"--fsdp shards the models over several processes: {start}")

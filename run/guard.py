@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite never reaches the weights."""
+"""Where a loss or gradient that is not finite came from, and with which batch."""
 
 from pathlib import Path
 
@@ -8,47 +8,28 @@ from files import write_json
 
 from . import parallel
 
-MOST_SKIPPED = 10  # in a row, with --on_nonfinite skip
-
 
 @torch.no_grad()
 def first_nonfinite(student, input_ids: torch.Tensor) -> str:
     """The first module, in the order of the forward pass, that gives a value that is not finite."""
-    found = []
+    names, found = {module: name for name, module in student.named_modules() if name}, []
 
-    def watch(name):
-        def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and not output.isfinite().all():
-                found.append(name)
+    def watch(module, inputs, output):
+        if isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(names[module])
 
-        return hook
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in student.named_modules() if name]
+    hooks = [module.register_forward_hook(watch) for module in names]
     student(input_ids)
     for handle in hooks:
         handle.remove()
     return f"first in {found[0]}" if found else "the forward pass is finite"
 
 
-class Guard:
-    """Writes down a batch that failed, and decides whether the run may go on without it."""
-
-    def __init__(self, args, student, device):
-        self.args, self.student, self.device = args, student, device
-        self.path, self.skipped = Path(args.out) / "nonfinite.json", 0  # batches left out in a row
-
-    def on_nonfinite(self, step: int, batch, norm: torch.Tensor) -> str:
-        """What happened, in words; raises ValueError unless the batch may be left out."""
-        layer = first_nonfinite(self.student, batch.input_ids.to(self.device))
-        about = {"step": step, "loss": str(float(batch.loss)), "gradient_norm": str(float(norm))}
-        if parallel.is_main():
-            about |= {"layer": layer, "input_ids": batch.input_ids.tolist()}
-            write_json(self.path, about)
-        self.skipped += 1
-        message = f"the loss at step {step} is {batch.loss:g}, its gradient {norm:g} ({layer})"
-        if self.args.on_nonfinite == "skip" and self.skipped <= MOST_SKIPPED and step > 1:
-            return f"{message}: batch left out, see {self.path}"
-        raise ValueError(
-            f"{message}: lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip; the "
-            f"weights were not changed, the batch is in {self.path}"
-        )
+def report_nonfinite(path: Path, student, step: int, batch, norm: torch.Tensor) -> str:
+    """Write the batch that failed to `path`; returns what happened, in words."""
+    layer = first_nonfinite(student, batch.input_ids.to(student.lm_head.weight.device))
+    about = {"step": step, "loss": str(float(batch.loss)), "gradient_norm": str(float(norm))}
+    if parallel.is_main():
+        write_json(path, {**about, "layer": layer, "input_ids": batch.input_ids.tolist()})
+    happened = f"the loss at step {step} is {batch.loss:g}, its gradient {norm:g} ({layer})"
+    return f"{happened}, the batch in {path}"

@@ -1,15 +1,13 @@
-"""What a run shows while it goes on: a progress bar, and log.csv."""
+"""What a run shows while it goes on: its progress, and log.csv."""
 
 import csv
 from pathlib import Path
 
-from tqdm import tqdm
-
 from files import atomic_path
+from files.progress import progress_bar
 
 from . import parallel
 
-bar_position = None  # the line of this process's progress bar, where several run at once
 FIRST_COLUMNS = ("step", "tokens", "flops", "seconds", "train_loss")
 
 
@@ -19,14 +17,11 @@ class Log:
     def __init__(self, folder: Path):
         self.folder, self.rows = folder, []
 
-    def bar(self, steps: float, step: int) -> tqdm:
-        return tqdm(
-            total=steps if steps < float("inf") else None, initial=step, desc=self.folder.name,
-            mininterval=0.5, position=bar_position, leave=bar_position is None,
-            disable=not parallel.is_main(),
-        )  # fmt: skip
+    def bar(self, steps: float, step: int):
+        total = steps if steps < float("inf") else None
+        return progress_bar(total, self.folder.name, step, silent=not parallel.is_main())
 
-    def add(self, bar: tqdm, row: dict, parts: dict[str, float]) -> None:
+    def add(self, bar, row: dict, parts: dict[str, float]) -> None:
         self.rows.append({**row, **parts, "val_loss": None})
         shown = " ".join(f"{k} {v:.3f}" for k, v in {"loss": row["train_loss"], **parts}.items())
         speed = row["tokens"] / max(row["seconds"], 1e-9)

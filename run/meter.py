@@ -1,14 +1,13 @@
 """What a run costs, and when it has spent enough: tokens, seconds, floating-point operations.
 
-Counted are matrix products, 2 operations per multiply-add, in all models that run, forward and
-backward, by torch's formulas; those know no attention on a CPU, so attention has a formula of its
-own, and a run costs the same on a CPU and on a GPU:
+Counted are matrix products, 2 operations per multiply-add, forward and backward, by torch's
+formulas; those know no attention on a CPU, so attention has one of its own everywhere:
 
     forward    2 products (queries with keys, maps with values) of 2 * B * H * S * keys * d each
     backward   5 such products: the two gradients of each, and the maps once more
 
 Counting is slow, so of each kind of work (a shape of micro-batch, or sampling) the first 4 are
-counted and then one in 97; the others are taken to cost as much per token as those.
+counted and then one in 97; the others are taken to cost as much per token.
 """
 
 import contextlib
@@ -36,29 +35,21 @@ def attention_backward(grad_out, query, key, value, *_, **__) -> int:
     return attention_forward(query, key, value) * 5 // 2
 
 
-def product_formulas() -> dict:
-    """How many operations each kernel makes, from its arguments."""
-    aten, formulas = torch.ops.aten, dict(flop_registry)
-    formulas[aten.addmm_] = flop_registry[aten.addmm]
-    for kernel in ("efficient_attention", "flash_attention", "cudnn_attention"):
-        for ending in ("", "_for_cpu"):
-            for direction, formula in (("", attention_forward), ("_backward", attention_backward)):
-                name = f"_scaled_dot_product_{kernel}{ending}{direction}"
-                if hasattr(aten, name):
-                    formulas[getattr(aten, name)] = formula
-    return formulas
+aten = torch.ops.aten
+FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}  # of each kernel's arguments
+for kernel in "efficient_attention cudnn_attention flash_attention flash_attention_for_cpu".split():
+    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}")] = attention_forward
+    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = attention_backward
 
 
 class CountFlops(TorchDispatchMode):
     """A context that adds up the operations inside. (torch's own FlopCounterMode takes some
     backward kernels to pieces, which changes the last bits of what is computed.)"""
 
-    def __init__(self):
-        super().__init__()
-        self.formulas, self.flops = product_formulas(), 0
+    flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, formula = kwargs or {}, self.formulas.get(func._overloadpacket)
+        kwargs, formula = kwargs or {}, FORMULAS.get(func._overloadpacket)
         if formula is None and torch.is_inference_mode_enabled():  # whole layers arrive there
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -79,7 +70,7 @@ class Meter:
         self.planned_steps: int | None = None  # of --seconds, once it is known
         self.earlier_seconds, self.started = 0.0, time.perf_counter()
         self.uncollected = 0.0  # flops of this process that are not in self.flops yet
-        self.just_planned, self.step_ends = False, []
+        self.step_ends: list[float] = []
 
     @contextlib.contextmanager
     def count(self, kind: str, tokens: int):
@@ -99,19 +90,20 @@ class Meter:
     def seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.started
 
-    def end_step(self, step: int, labels: int) -> None:
-        """Count a step. With --seconds, TIMED steps decide how many the run will have."""
+    def end_step(self, step: int, labels: int) -> bool:
+        """Count a step; returns whether it, the last of TIMED, turned --seconds into steps."""
         self.tokens += labels
         self.flops += float(parallel.total(torch.tensor(self.uncollected, dtype=torch.float64)))
-        self.uncollected, self.just_planned = 0.0, False
+        self.uncollected = 0.0
         if self.args.seconds is None or self.planned_steps is not None:
-            return
+            return False
         self.step_ends.append(time.perf_counter())
         left = parallel.broadcast_from_rank0(self.args.seconds - self.seconds())
         if len(self.step_ends) > TIMED or left <= 0:
             times = sorted(b - a for a, b in zip(self.step_ends, self.step_ends[1:], strict=False))
             typical = parallel.broadcast_from_rank0(times[len(times) // 2]) if times else 1.0
-            self.planned_steps, self.just_planned = step + int(max(0.0, left) / typical), True
+            self.planned_steps = step + int(max(0.0, left) / typical)
+        return self.planned_steps is not None
 
     def total_steps(self, step: int) -> float:
         """Steps of the whole run, as far as is known after `step` of them; else infinity."""

@@ -28,11 +28,8 @@ class InFloat32(TorchFunctionMode):
 
 
 class Optimizer:
-    """AdamW alone, or Muon beside AdamW, for some modules, behind one update and state_dict.
-
-    What is not a Transformer (a projection, a discriminator) learns by AdamW without decay.
-    Frozen parameters are left alone.
-    """
+    """AdamW alone, or Muon beside AdamW, for some modules, behind one update and state_dict. What
+    is not a Transformer learns by AdamW without decay, what is frozen not at all."""
 
     def __init__(self, modules, args):
         matrices, embeddings, vectors, extra = [], [], [], []
@@ -119,9 +116,7 @@ def multiply(gradients: list[Tensor], scale: Tensor) -> None:
 
 def learning_rate(step: int, steps: float, args) -> float:
     """Linear warm-up over --warmup steps, then a cosine from the peak down to a tenth of it.
-
-    steps: of the whole run, as far as is known: infinite at the start of a run of --seconds.
-    """
+    steps: of the whole run, as far as is known: infinite at the start of a run of --seconds."""
     if step < args.warmup:
         return args.learning_rate * (step + 1) / args.warmup
     progress = min(1.0, (step - args.warmup) / max(1, steps - args.warmup))

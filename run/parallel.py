@@ -2,12 +2,11 @@
 
     torchrun --nproc_per_node=4 train_pretrain.py --batch_size 64
 
-Every process holds the same weights, computes the whole batch's token ids, and takes its own rows
-of them (run/batches.py). Its loss is its share of the batch's, so gradients are summed over the
-processes, once per optimizer step, and all make the same update. (DistributedDataParallel also
-sends each layer's gradients while earlier layers are still in backward.) A model that does not fit
-one device needs --fsdp (run/shards.py). Rank 0 writes and prints. Alone, all of this is the
-identity. Tensors on a CPU travel by gloo, on CUDA by NCCL.
+Every process holds the same weights, reads the whole batch, and takes its own rows of it
+(run/batches.py). Its loss is its part of the batch's, so gradients are summed over the processes,
+once per optimizer step, and all make the same update. (DistributedDataParallel also sends each
+layer's gradients while earlier layers are still in backward.) Rank 0 writes and prints. Alone, all
+of this is the identity.
 """
 
 import os
@@ -19,6 +18,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from files import command
 
@@ -37,21 +37,17 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
+        cure = "start them with torchrun; if the port is taken choose another with --master_port"
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the processes cannot meet ({reason}): start them with torchrun, and if the port is "
-            "taken choose another with --master_port"
-        ) from None
+        raise ValueError(f"the processes cannot meet ({reason}): {cure}") from None
     if number > 0:
         sys.stdout = open(os.devnull, "w")  # what all processes would print is printed once
 
 
 def end_process(code: int, message: str | None) -> None:
-    """End this process, one of several; the first one to fail says why.
-
-    One that failed leaves the connections open: closing them waits for the others (torchtitan
-    #1342). Nor is the interpreter taken down: gloo's threads may hold tensors (pytorch #179291).
-    """
+    """End this process, one of several; the first one to fail says why. It leaves the connections
+    open: closing them waits for the others (torchtitan #1342). Nor is the interpreter taken down:
+    gloo's threads may hold tensors (pytorch #179291)."""
     if message is not None and is_first_failure():
         command.end_alone(0, message)
     if code == 0:
@@ -74,8 +70,7 @@ def is_main() -> bool:
 
 
 def is_first_failure() -> bool:
-    """Whether this process is the first to report how the run ends; the others stay silent: they
-    made the same mistake, or fail because this one is gone."""
+    """Whether this process is the first to report how the run ends; the others stay silent."""
     try:
         return store.add("failures", 1) == 1
     except RuntimeError:  # the store went with its process, which has reported
@@ -91,10 +86,8 @@ def report_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        raise ConnectionError(
-            "another process of this run has ended: see its message, or whether the system killed "
-            "it (memory?); go on from the last saved state with --resume"
-        ) from None
+        cure = "see its message (or was it killed for memory?), and go on with --resume"
+        raise ConnectionError(f"another process of this run has ended: {cure}") from None
 
 
 def total(value: Tensor) -> Tensor:
@@ -124,8 +117,7 @@ def sum_gradients(gradients: list[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, sent as one vector."""
     if world_size() == 1 or not gradients:
         return
-    vector = torch.cat([gradient.flatten() for gradient in gradients])
+    vector = parameters_to_vector(gradients)
     with report_lost_process():
         dist.all_reduce(vector)
-    for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    vector_to_parameters(vector, gradients)

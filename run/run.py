@@ -32,7 +32,7 @@ from . import parallel, shards
 from .batches import Accumulated, micro_batches
 from .flags import check_flags
 from .optimizer import Optimizer
-from .signals import StopSignal
+from .signals import noted_signals
 from .training import Training
 
 
@@ -52,12 +52,11 @@ class Run:
         self.sources: dict[str, str | list[str]] = {}  # hashes of what the run is made from
 
     def teacher(self, folder, data) -> nn.Module:
-        """The frozen model of a checkpoint folder. Raises ValueError where there is none, or where
-        its tokenizer is not the data's."""
+        """The frozen model of a checkpoint folder. Raises ValueError without one, or where its
+        tokenizer is not the data's."""
         if not Path(folder).is_dir():
-            raise ValueError(
-                f"no teacher in '{folder}': make one with: python train_pretrain.py --out {folder}"
-            )
+            make = f"make one with: python train_pretrain.py --out {folder}"
+            raise ValueError(f"no teacher in '{folder}': {make}")
         model = load_for(folder, data).requires_grad_(False)
         self.sources.setdefault("teacher_sha256", []).append(weights_hash(folder))
         self.teachers.append(self.to_device(model))
@@ -92,14 +91,13 @@ class Run:
 
         sample(*batch, generator) -> batch: replaces each batch by one that is made from what the
         student says; called without gradients, a function of (weights, seed, step). Ctrl-C and
-        SIGTERM end the loop after the step that is running: the state is saved.
-        """
+        SIGTERM end the loop after the step that is running: the state is saved."""
         args, training, meter = self.args, self.training, self.training.meter
         self.sources |= {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256}
         training.begin(data)
         count_parts = getattr(data, "micro_batches", lambda batch_size, parts: parts)
         parts = count_parts(args.batch_size, args.accumulation_steps)
-        with StopSignal() as stop, training.progress:
+        with noted_signals() as signals, training.progress:
             while not training.is_over():
                 batch = data.batch(training.step, args.batch_size, args.seed)
                 if sample is not None:
@@ -115,7 +113,7 @@ class Run:
                         self.stepped = False
                         yield piece
                         assert self.stepped, "every micro-batch needs one run.step(loss)"
-                training.after_step(self.batch, stop.number is not None)
+                training.after_step(self.batch, bool(signals))
 
     def sampled(self, sample: Callable, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seed = self.args.seed * 2**32 + self.training.step
@@ -131,8 +129,7 @@ class Run:
 
         loss: a mean over `weight` things, by default the labels that are not -100. Micro-batches
         and processes count by it, so a batch has one loss however it is cut. parts: named means
-        over the same things, for the log.
-        """
+        over the same things, for the log."""
         self.batch.add(loss, parts, self.piece_labels, weight)
         self.metering.close()
         self.stepped = True
@@ -153,8 +150,7 @@ class Run:
             "device": machine.describe_device(self.device), "threads": torch.get_num_threads(),
             "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),
             "steps": training.step, "tokens": meter.tokens, "flops": meter.flops,
-            "seconds": seconds,
-            "peak_memory_mb": machine.peak_memory_mb(self.device),
+            "seconds": seconds, "peak_memory_mb": machine.peak_memory_mb(self.device),
             "best_val_loss": training.best_loss, "best_step": training.best_step,
             "metrics": metrics,
         }  # fmt: skip

@@ -2,10 +2,9 @@
 
     torchrun --nproc_per_node=4 train_distillation.py --teacher FOLDER --batch_size 64 --fsdp
 
-Each of N processes keeps 1/N of every parameter, of its gradient and optimizer state; a layer is
-gathered just before it is used. This is PyTorch's fully_shard (Zhao et al. 2023, 2304.11277), on
-student and teacher; modules that a method adds (a projection) stay whole. What is saved is whole,
-so a run may go on with another number of processes, or without --fsdp.
+Each of N processes keeps 1/N of every parameter of student and teacher, of its gradient and
+optimizer state; a layer is gathered just before it is used (Zhao et al. 2023, 2304.11277). Modules
+that a method adds stay whole. What is saved is whole: a run may resume with other processes.
 """
 
 import torch

@@ -2,21 +2,19 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-class StopSignal:
-    """A context in which the two signals are only noted; `number` is the last one that came."""
-
-    def __enter__(self):
-        self.number, self.handlers = None, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame) -> None:
-        self.number = number
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.handlers.items():
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A context in which the two signals are only noted, in the list."""
+    came, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)

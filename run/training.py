@@ -14,12 +14,13 @@ from . import parallel, shards
 from .batches import Accumulated
 from .checkpoint import RunFolder
 from .evaluation import evaluate
-from .guard import Guard
+from .guard import report_nonfinite
 from .log import Log
 from .meter import Meter
 from .optimizer import Optimizer, learning_rate
 
 LOG_EVERY, TRIM_EVERY = 10, 100  # steps between logged ones, and between returns of freed memory
+MOST_SKIPPED = 10  # batches in a row, with --on_nonfinite skip
 EVALUATED = 100  # held-out windows or conversations of the evaluations during training
 
 
@@ -33,19 +34,18 @@ class Training:
         self.step, self.saved_step = 0, None  # steps done, and how many the newest state has
         self.rate, self.best_loss, self.best_step = 0.0, float("inf"), 0
         self.last: Accumulated | None = None  # the last batch that was learned from
+        self.skipped = 0  # batches left out in a row
 
     def begin(self, data) -> None:
         """Refuse to lose a run that is already there; go on with it under --resume."""
-        self.data, self.guard = data, Guard(self.args, self.students[0], self.device)
+        self.data = data
         state, source = self.folder.open(self.args.resume, self.args.overwrite)
         if state is not None:
             try:
                 self.load_state_dict(state)
             except KeyError as error:
-                raise ValueError(
-                    f"{source} has no {error}: another version wrote it; start again with "
-                    "--overwrite"
-                ) from None
+                other = f"{source} has no {error}: another version wrote it"
+                raise ValueError(f"{other}; start again with --overwrite") from None
             print(f"{self.args.out}: resuming after step {self.step}, from {source}")
         self.progress = self.log.bar(self.meter.total_steps(self.step), self.step)
         self.meter.started = time.perf_counter()  # models and data are loaded
@@ -78,12 +78,8 @@ class Training:
         parallel.barrier()  # whoever goes on, or ends, finds it written
 
     def update(self, batch: Accumulated) -> None:
-        """Change the weights by the gradient of a batch's loss.
-
-        What is not finite never reaches the weights: the run stops, or with --on_nonfinite skip
-        leaves the batch out. On CUDA the step does not wait to find out: such a gradient counts 0,
-        and the next logged step reports it.
-        """
+        """Change the weights by a batch's gradient, unless that is not finite. On CUDA the step
+        does not wait to find out: such a gradient counts 0, and the next logged step reports it."""
         scale = batch.denominator()
         norm = torch.stack([optimizer.clip(scale) for optimizer in self.optimizers]).max()
         finite = norm.isfinite() & (batch.loss.isfinite() if parallel.world_size() == 1 else True)
@@ -93,10 +89,15 @@ class Training:
         elif not finite:
             for optimizer in self.optimizers:
                 optimizer.clear()
-            self.rate = 0.0
-            self.progress.write(self.guard.on_nonfinite(self.step + 1, batch, norm))
+            self.rate, self.skipped = 0.0, self.skipped + 1
+            path, student = self.folder.path / "nonfinite.json", self.students[0]
+            message = report_nonfinite(path, student, self.step + 1, batch, norm)
+            if self.args.on_nonfinite == "stop" or self.skipped > MOST_SKIPPED or self.step == 0:
+                cure = f"lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip"
+                raise ValueError(f"{message}; the weights were not changed: {cure}")
+            self.progress.write(f"{message}: batch left out")
             return
-        self.guard.skipped, self.last = 0, batch
+        self.skipped, self.last = 0, batch
         steps = self.meter.total_steps(self.step)
         for optimizer in reversed(self.optimizers):  # the first one's rate is logged
             self.rate = learning_rate(self.step, steps, optimizer.args)
@@ -105,13 +106,15 @@ class Training:
     def after_step(self, batch: Accumulated, stopped: bool) -> None:
         """Count the step; log, evaluate and save where it is time to."""
         self.step, self.last = self.step + 1, self.last or batch
-        self.meter.end_step(self.step, batch.labels)
-        if self.meter.just_planned:
+        if self.meter.end_step(self.step, batch.labels):
             self.progress.total = self.meter.planned_steps
-            print(f"--seconds {self.args.seconds:g}: {self.progress.total} steps")
+            self.progress.write(f"--seconds {self.args.seconds:g}: {self.progress.total} steps")
         evaluates = self.step % self.args.eval_every == 0 or self.meter.is_spent(self.step)
         if evaluates or self.step % LOG_EVERY == 0 or self.step == 1:
-            self.log_row()
+            loss, parts = self.finite_totals()
+            row = {"step": self.step, "tokens": self.meter.tokens, "flops": self.meter.flops}
+            row |= {"seconds": round(self.meter.seconds(), 2), "train_loss": loss}
+            self.log.add(self.progress, {**row, "learning_rate": self.rate}, parts)
         if self.step % TRIM_EVERY == 0:
             give_back_memory()
         if evaluates:
@@ -126,25 +129,16 @@ class Training:
             self.finite_totals()
             if self.saved_step != self.step:
                 self.save_state()
-            raise KeyboardInterrupt(
-                f"saved at step {self.step}; go on with the same command and --resume"
-            )
-
-    def log_row(self) -> None:
-        loss, parts = self.finite_totals()
-        row = {"step": self.step, "tokens": self.meter.tokens, "flops": self.meter.flops}
-        row |= {"seconds": round(self.meter.seconds(), 2), "train_loss": loss}
-        self.log.add(self.progress, {**row, "learning_rate": self.rate}, parts)
+            again = "go on with the same command and --resume"
+            raise KeyboardInterrupt(f"saved at step {self.step}; {again}")
 
     def finite_totals(self) -> tuple[float, dict[str, float]]:
-        """The last loss and its parts, of all processes; raises ValueError before weights are saved
-        over by what a diverged step left."""
+        """The last loss and its parts, of all processes; raises ValueError before what a diverged
+        step left is saved."""
         loss, parts = self.last.totals()
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss at step {self.step} is {loss}: lower --learning_rate "
-                f"({self.args.learning_rate:g}) or --grad_clip; nothing was saved over"
-            )
+            cure = f"lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip"
+            raise ValueError(f"the loss at step {self.step} is {loss}: {cure}; nothing was saved")
         return loss, parts
 
     def is_over(self) -> bool:

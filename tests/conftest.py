@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dataset import prepare
+from model.device import available_cores
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
@@ -14,6 +15,14 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A process for each core, at most 8 (they take 0.4 GB each); none more for a single file."""
+    named = {word.split("::")[0] for word in config.args}
+    alone = len(named) == 1 and named.pop().endswith(".py")
+    return 0 if alone else min(8, available_cores())
 
 
 def pytest_collection_modifyitems(config, items):

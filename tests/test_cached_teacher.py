@@ -20,6 +20,7 @@ from distill.sparse import sample, top_k
 from files import Finished
 from methods.cached_teacher import compute_loss, kept_kl
 from model import ModelConfig, Transformer, load_model, save_model
+from tests.short_runs import Killed
 
 LN = math.log
 IGNORE = -100
@@ -387,45 +388,46 @@ def test_temperature(tmp_path, teacher, prepared_folder):
     _, log_probs, _ = cache.take(np.array([3]))
     expected = (load_model(teacher)(ids) / 4).softmax(-1).topk(8).values
     torch.testing.assert_close(log_probs.float().exp(), expected, rtol=1e-2, atol=1e-5)
-    with pytest.raises(ValueError, match="at --temperature 4, this run has 1"):
+    with pytest.raises(ValueError, match="made with temperature 4.0, this run has 1.0: .*hidden"):
         open_cache(tmp_path / "hot", teacher, prepared_folder, temperature=1.0)
     write(teacher, prepared_folder, tmp_path / "all", "--temperature", 4, "--method", "hidden")
     for temperature in (0.5, 4.0):
         open_cache(tmp_path / "all", teacher, prepared_folder, temperature=temperature)
 
 
+def stop_after(monkeypatch, passes: int) -> list[int]:
+    """From now on the teacher dies after so many passes; returns the windows they began at."""
+    begun, output = [], teacher_cache.teacher_output
+
+    def output_or_die(*args):
+        if len(begun) == passes:
+            raise Killed
+        begun.append(args[-1])
+        return output(*args)
+
+    monkeypatch.setattr(teacher_cache, "teacher_output", output_or_die)
+    return begun
+
+
 @pytest.mark.parametrize("method", ["topk", "sample"])
-@pytest.mark.parametrize("left", [100, HEADER_BYTES, HEADER_BYTES + 33_333])
-def test_a_stopped_call_goes_on(tmp_path, teacher, prepared_folder, method, left):
-    """Killed after any number of bytes, the same call ends with the same file."""
-    write(teacher, prepared_folder, tmp_path / "whole", "--method", method)
-    whole = (tmp_path / "whole").read_bytes()
-    (tmp_path / "cut.partial").write_bytes(whole[:left])
-    write(teacher, prepared_folder, tmp_path / "cut", "--method", method)
-    assert (tmp_path / "cut").read_bytes() == whole
-    assert not (tmp_path / "cut.partial").exists()
-
-
-@pytest.mark.parametrize("written, zeros", [(0, 32), (32, 1), (32, 31), (64, 5)])
-def test_a_power_cut_leaves_no_zeros(
-    tmp_path, teacher, prepared_folder, monkeypatch, written, zeros
+@pytest.mark.parametrize("passes, zeros", [(0, 0), (0, 100), (1, 0), (2, 0), (3, 33_333), (4, 5)])
+def test_a_stopped_call_goes_on(
+    tmp_path, teacher, prepared_folder, monkeypatch, method, passes, zeros
 ):
-    """Windows that had a length but no bytes on the disk are made again; synced ones are not."""
-    monkeypatch.setattr(teacher_cache, "SYNCED", 32)
-    asked = []
-    output = teacher_cache.teacher_output
-    monkeypatch.setattr(
-        teacher_cache, "teacher_output", lambda *args: asked.append(args[-1]) or output(*args)
-    )
-    write(teacher, prepared_folder, tmp_path / "whole")
-    whole, every_pass = (tmp_path / "whole").read_bytes(), list(asked)
-    asked.clear()
-    record = record_dtype(read_header(tmp_path / "whole")).itemsize
-    cut = whole[: HEADER_BYTES + written * record] + bytes(zeros * record)
-    (tmp_path / "cut.partial").write_bytes(cut)
-    write(teacher, prepared_folder, tmp_path / "cut")
-    assert (tmp_path / "cut").read_bytes() == whole
-    assert asked == [start for start in every_pass if start >= written]
+    """The same call ends with the same file. What a kill or a power cut left after the last sync,
+    every second pass here (windows, half of one, zeros), is made again, and nothing else."""
+    monkeypatch.setattr(teacher_cache, "SYNCED", 64)
+    write(teacher, prepared_folder, tmp_path / "whole", "--method", method)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, passes)
+        write(teacher, prepared_folder, tmp_path / "cut", "--method", method)
+    with open(tmp_path / "cut.partial", "ab") as file:
+        file.write(bytes(zeros))
+    begun = stop_after(monkeypatch, 10**6)
+    write(teacher, prepared_folder, tmp_path / "cut", "--method", method)
+    assert begun[0] == passes // 2 * 64
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("[cw]*")) == ["cut", "whole"]
 
 
 def test_a_cache_is_synced_while_it_grows(tmp_path, teacher, prepared_folder, monkeypatch):
@@ -445,12 +447,16 @@ def test_a_cache_is_synced_while_it_grows(tmp_path, teacher, prepared_folder, mo
     assert sizes == [HEADER_BYTES + end * record for end in ends]
 
 
-def test_what_was_begun_with_other_flags_is_not_continued(tmp_path, teacher, prepared_folder):
-    write(teacher, prepared_folder, tmp_path / "other", "--k", 9)
-    write(teacher, prepared_folder, tmp_path / "whole")
-    (tmp_path / "cut.partial").write_bytes((tmp_path / "other").read_bytes()[:50_000])
-    write(teacher, prepared_folder, tmp_path / "cut")
-    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+def test_what_was_begun_with_other_flags_is_not_continued(
+    tmp_path, teacher, prepared_folder, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 1)
+        write(teacher, prepared_folder, tmp_path / "cut", "--k", 9)
+    before = (tmp_path / "cut.partial").read_bytes()
+    with pytest.raises(ValueError, match="cut.partial was begun with other flags .*'k': 9"):
+        write(teacher, prepared_folder, tmp_path / "cut")
+    assert (tmp_path / "cut.partial").read_bytes() == before
 
 
 def test_a_finished_cache_is_neither_made_again_nor_lost(tmp_path, teacher, prepared_folder):

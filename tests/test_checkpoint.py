@@ -220,13 +220,13 @@ def test_a_config_of_transformers_5(folder):
 
 def test_a_missing_key(folder):
     change_weights(folder, lambda weights: weights.pop(ONE))
-    with pytest.raises(ValueError, match=rf"{ONE}' is missing \(1 in all\)"):
+    with pytest.raises(ValueError, match=rf"Missing key.*{ONE}.*save or download"):
         load_model(folder)
 
 
 def test_an_unexpected_key(folder):
     change_weights(folder, lambda weights: weights.update({"model.extra.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match="unexpected weight 'model.extra.weight'"):
+    with pytest.raises(ValueError, match='Unexpected key.*"model.extra.weight"'):
         load_model(folder)
 
 
@@ -241,7 +241,7 @@ def test_a_missing_head(folder):
 def test_a_wrong_shape(folder, shape):
     """(8, 12) and (96,) have the right number of values: a reshape would go unnoticed."""
     change_weights(folder, lambda weights: weights.update({ONE: torch.ones(shape)}))
-    with pytest.raises(ValueError, match=rf"{ONE}' has shape \({shape[0]},.*\(12, 8\)"):
+    with pytest.raises(ValueError, match=rf"{ONE}: .*\[{shape[0]}.*\[12, 8\]"):
         load_model(folder)
 
 
@@ -347,7 +347,7 @@ def test_a_flipped_bit_is_noticed(folder, place):
     content[header + int(place * (len(content) - header))] ^= 16
     path.write_bytes(content)
     load_file(path)
-    with pytest.raises(ValueError, match="is damaged: its bytes are not those that manifest.json"):
+    with pytest.raises(ValueError, match="is damaged: its bytes are not those of manifest.json"):
         load_model(folder)
     (folder / "manifest.json").unlink()
     load_model(folder)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,10 +19,11 @@ import pytest
 import torch
 
 import train_pretrain
+from dataset.packing import PackedText
 from dataset.problems import make_problems
-from dataset.tokenizer import encode_tagged, load_tokenizer
-from eval import chat, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import cache, common, jobs, scales
+from dataset.tokenizer import decode, encode_tagged, load_tokenizer
+from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
+from eval.experiments import cache, common, jobs, scales, soft_labels
 from eval.experiments.jobs import Job
 from files import Finished, file_hash, lock, locks, read_json
 from model import ModelConfig, Transformer
@@ -240,18 +242,66 @@ def test_pictures_and_report(reproduced):
 
 
 def test_pictures_come_from_csv_alone(reproduced, tmp_path):
-    for name in plots.PICTURES:
-        (tmp_path / name).mkdir()
-        source = reproduced / "results" / name / "results.csv"
-        (tmp_path / name / "results.csv").write_bytes(source.read_bytes())
-    source = reproduced / "results" / "headline" / "results.csv"
-    (tmp_path / "headline").mkdir()
-    (tmp_path / "headline" / "results.csv").write_bytes(source.read_bytes())
+    for source in (reproduced / "results").glob("*/results.csv"):
+        (tmp_path / source.parent.name).mkdir()
+        (tmp_path / source.parent.name / "results.csv").write_bytes(source.read_bytes())
     drawn = plots.draw_all(tmp_path)
     assert len(drawn) == len(plots.PICTURES)
     for path in drawn:
         again = reproduced / "results" / path.parent.name / "plot.png"
         assert (plt.imread(path) == plt.imread(again)).all()
+
+
+def test_soft_labels_leave_no_probability_out(reproduced):
+    """Bars of a context and a temperature sum to one, and the true next token is among them."""
+    groups = drawing.by_arm(drawing.rows_of(reproduced / "results", "soft_labels"))
+    tokens = read_json(reproduced / "data" / "meta.json")["vocab_size"]
+    assert len(groups) == 9 and len({rows[0]["context"] for rows in groups.values()}) == 3
+    for rows in groups.values():
+        assert sum(float(row["probability"]) for row in rows) == pytest.approx(1, abs=1e-4)
+        assert sum(int(row["count"]) for row in rows) == tokens
+        assert [row["is_next"] for row in rows].count("1") == 1
+        ranks = [int(row["rank"]) for row in rows]
+        assert ranks[:4] == [1, 2, 3, 4] and ranks[-1] == 0  # the rest stands last
+        chances = [float(row["probability"]) for row in rows[:-1]]
+        assert chances == sorted(chances, reverse=True)
+    entropies = [[float(groups[f"context {n}, T={T}"][0]["entropy"]) for T in (1, 2, 4)]
+                 for n in (1, 2, 3)]  # fmt: skip
+    assert all(low < middle < high for low, middle, high in entropies)
+
+
+@pytest.mark.parametrize(
+    "text, is_piece",
+    [
+        ("sir; for, by the power that made me, I tell", True),
+        ("What dost", True),
+        ("year. Therefore I beseech", False),  # two sentences
+        ("**PROSPERO** If I", False),
+        ("and good King Henry is", False),
+    ],
+)
+def test_contexts_are_pieces_of_one_sentence(text, is_piece):
+    assert bool(soft_labels.PIECE.fullmatch(text)) == is_piece
+
+
+def test_frequent_words_are_whole_tokens(prepared_folder):
+    tokenizer = load_tokenizer(prepared_folder)
+    text = PackedText(prepared_folder, "val", 32)
+    words = soft_labels.frequent_words(text, tokenizer, text.vocab_size)
+    names = [decode(tokenizer, [token]) for token in words.nonzero().flatten().tolist()]
+    whole = decode(tokenizer, text.stream.tolist())
+    assert all(len(re.findall(rf"{name}\b", whole)) >= soft_labels.FREQUENT for name in names)
+    assert names and all(re.fullmatch(" [A-Za-z]+", name) for name in names)
+
+
+def test_the_last_point_of_a_curve_is_the_number_of_the_table(reproduced):
+    results = reproduced / "results"
+    table = {(r["arm"], r["seed"]): r["val_loss"] for r in drawing.rows_of(results, "headline")}
+    curves = drawing.rows_of(results, "curves")
+    last = {(row["arm"], row["seed"]): row for row in curves}
+    assert {arm for arm, _ in last} == {"teacher", "plain", "distilled"}
+    for key, row in last.items():
+        assert float(row["val_loss"]) == pytest.approx(float(table[key]), rel=1e-5)
 
 
 def test_the_second_call_runs_nothing(reproduced, capsys, monkeypatch):
@@ -394,29 +444,111 @@ def test_mistakes_are_one_sentence(words, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def measured(*losses, **columns):
+    """Rows of one arm, a seed each."""
+    return [{"seed": str(seed), "val_loss": str(loss), **columns}
+            for seed, loss in enumerate(losses)]  # fmt: skip
+
+
+def title_of(results, name: str, arms: dict[str, list[dict]]) -> str:
+    """What is written over the picture of these rows."""
+    for arm, rows in arms.items():
+        common.append_rows(results / name / "results.csv", [{"arm": arm, **row} for row in rows])
+    figure = plots.plt.figure()
+    plots.PICTURES[name][0](results, figure)
+    title = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+    plots.plt.close(figure)
+    return title
+
+
+def test_two_arms_differ_by_more_than_twice_the_spread():
+    """Standard deviations 0.01 and 0.02: a gap of 0.05 tells them apart, one of 0.03 does not."""
+    tight, wide = measured(3.99, 4.00, 4.01), measured(3.93, 3.95, 3.97)
+    assert drawing.differ(tight, wide) and drawing.differ(wide, tight)
+    near = measured(3.95, 3.97, 3.99)
+    assert not drawing.differ(tight, near)
+    assert not drawing.differ(measured(4.0), measured(1.0)), "one seed shows no spread"
+    assert drawing.verdict(wide, tight) == "wins by 0.05 nats"
+    assert drawing.verdict(tight, wide) == "loses by 0.05 nats"
+    assert drawing.verdict(near, tight) == "ties within the spread"
+    assert drawing.amount(near, tight) == "0.03 (within the spread)"
+    assert drawing.best(["a", "b"], [tight, wide]) == "b is best"
+    both = drawing.best(["a", "b", "c"], [tight, near, measured(4.99, 5.0, 5.01)])
+    assert both == "a and b are best: 3 seeds do not tell them apart"
+    one = drawing.best(["a", "b"], [measured(4.0), measured(3.0)])
+    assert one == "b is lowest, but one seed shows no spread"
+
+
+@pytest.mark.parametrize(
+    "half, title",
+    [
+        ((3.8, 3.81, 3.82), "alpha = 0.5 is best\nThe lowest is 0.19 nats below labels alone"),
+        (
+            (3.89, 3.91, 3.93),
+            "alpha = 0 and 0.5 are best: 3 seeds do not tell them apart\n"
+            "The lowest is 0.10 nats below labels alone",
+        ),
+    ],
+)
+def test_alpha_claims_a_best_only_beyond_the_spread(tmp_path, half, title):
+    losses = {0: (3.89, 3.90, 3.91), 0.5: half, 1: (3.99, 4.0, 4.01)}
+    arms = {f"alpha={alpha}": measured(*values, alpha=alpha) for alpha, values in losses.items()}
+    assert title_of(tmp_path, "alpha", arms) == title
+
+
+def test_the_headline_says_who_wins_at_which_cost(tmp_path):
+    means = {
+        "teacher": 3.7, "plain": 4.0, "distilled": 3.9, "equal seconds": 3.88,
+        "equal flops": 3.901, "equal seconds and teacher": 3.8, "equal flops and teacher": 3.75,
+    }  # fmt: skip
+    costs = {"flops": 1e12, "seconds": 10, "tokens": 1e6}
+    arms = {arm: measured(loss, loss + 0.002, **costs) for arm, loss in means.items()}
+    assert title_of(tmp_path, "headline", arms).splitlines() == [
+        "At equal tokens the distilled student wins by 0.10 nats",
+        "At equal cost it loses by 0.02 nats (seconds), ties within the spread (flops)",
+        "If its teacher must be trained too it loses by 0.10 nats (seconds), "
+        "loses by 0.15 nats (flops)",
+    ]
+
+
+def test_tag_weights_are_drawn_where_there_are_several(tmp_path):
+    def rows(*shares):
+        return [{"seed": str(seed), "accuracy_3": share, "verified_3": share / 2}
+                for seed, share in enumerate(shares)]  # fmt: skip
+
+    path = tmp_path / "reasoning" / "results.csv"
+    common.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
+    assert not plots.is_measured(tmp_path, "tag_weight")
+    common.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.2, 0.3)])
+    assert plots.is_measured(tmp_path, "tag_weight")
+    title = "A tag weight of 10 costs 40 points at 3 steps:\n65% exact at 1, 25% at 10"
+    assert title_of(tmp_path, "tag_weight", {}) == title
+
+
 @pytest.mark.parametrize(
     "distilled, gap, share",
     [
-        ((4.4, 4.0, 3.6), "0.40 nats ahead", "67%"),
-        ((4.6, 4.2, 3.8), "0.20 nats ahead", "83%"),
-        ((3.9, 3.8, 3.7), "0.30 nats ahead", "33%"),
-        ((4.8, 4.5, 4.2), "0.20 nats behind", None),
+        ((4.4, 4.0, 3.6), "wins by 0.40 nats", "67%"),
+        ((4.6, 4.2, 3.8), "wins by 0.20 nats", "83%"),
+        ((3.9, 3.8, 3.7), "wins by 0.30 nats", "33%"),
+        ((4.8, 4.5, 4.2), "loses by 0.20 nats", None),
     ],
 )
 def test_the_curves_say_when_the_plain_student_is_passed(tmp_path, distilled, gap, share):
-    """Where the drawn line crosses, not at the next point: with three points that is far away."""
-    arms = {"teacher": (4.3, 3.9, 3.5), "plain": (5.0, 4.5, 4.0), "distilled": distilled}
-    for arm, losses in arms.items():
-        row = {"experiment": "curves", "arm": arm, "seed": 0}
-        points = zip((100, 200, 300), losses, strict=True)
-        rows = [{**row, "tokens": tokens, "val_loss": loss} for tokens, loss in points]
-        common.append_rows(tmp_path / "curves" / "results.csv", rows)
-    figure = plots.plt.figure()
-    plots.draw_curves(tmp_path, figure)
-    title = figure.axes[0].get_title(loc="left")
-    plots.plt.close(figure)
+    """Where the line on equal windows crosses, not at the next point: with three points that is
+    far away. The final evaluations, on more windows, are all 0.1 higher."""
+    curves = {"teacher": (4.3, 3.9, 3.5), "plain": (5.0, 4.5, 4.0), "distilled": distilled}
+    arms = {}
+    for arm, losses in curves.items():
+        rows = [
+            *zip((100, 200, 300), losses, (100,) * 3, strict=True),
+            (300, losses[-1] + 0.1, 400),
+        ]
+        arms[arm] = [{"seed": "0", "tokens": tokens, "val_loss": loss, "windows": windows}
+                     for tokens, loss, windows in rows]  # fmt: skip
     passes = f";\nit passes the plain student's last loss after about {share} of the tokens"
-    assert title == f"At the end distillation is {gap}{passes if share else ''}"
+    title = f"At the end the distilled student {gap}{passes if share else ''}"
+    assert title_of(tmp_path, "curves", arms) == title
 
 
 def test_csv_rows_keep_their_columns(tmp_path):

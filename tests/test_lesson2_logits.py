@@ -284,7 +284,7 @@ def test_tokens_that_are_ruled_out(kind, mask, temperature, alpha):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-9)
     # What the fused loss does with the logits of a chunk.
     valid = (labels != IGNORE).double().flatten()
-    loss, ce, kl, grad = chunk_loss(
+    (loss, ce, kl), grad = chunk_loss(
         student.detach().flatten(0, 1).clone(), teacher.flatten(0, 1), labels.flatten(),
         valid / valid.sum().clamp(min=1), temperature, alpha,
     )  # fmt: skip
@@ -301,7 +301,7 @@ def test_a_token_that_only_the_student_rules_out_costs_infinitely_much():
     assert compute_loss(student, teacher, labels, 1.0, 0.5)[0] == math.inf
     assert distillation_loss(student, teacher) == math.inf
     rows = student[0], teacher[0], labels[0], torch.ones(1).double()
-    assert chunk_loss(*rows, 1.0, 0.5)[2] == math.inf
+    assert chunk_loss(*rows, 1.0, 0.5)[0][2] == math.inf
 
 
 # Properties that the bugs of other projects would have failed.

@@ -87,9 +87,11 @@ def test_weights_by_hand(name):
     assert weights_of(row) == expected
 
 
-def test_default_weights_are_those_of_minimind():
+def test_every_word_counts_alike_unless_told_otherwise():
+    """--tag_weight 10 is MiniMind's; by default only the prompt is left out."""
     labels = torch.tensor([[-100, 3, 20, 4, 22, 5, 23, 6, 2]])
-    weights = reasoning_weights(labels)
+    assert reasoning_weights(labels).tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 1]]
+    weights = reasoning_weights(labels, tag_weight=10)
     assert weights.tolist() == [[0, 10, 1, 10, 1, 10, 1, 10, 1]]
     assert weights.dtype == torch.float32
 

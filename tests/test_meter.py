@@ -151,12 +151,13 @@ def test_seconds_become_steps_and_are_kept(prepared_folder, tmp_path, monkeypatc
     after = Meter.end_step
 
     def stop(self, step, labels):
-        after(self, step, labels)
+        decides = after(self, step, labels)
         if self.planned_steps is not None and not planned:
             planned.append(self.planned_steps)
         if step == 7 and len(planned) == 1:
             planned.append("stopped")
             raise RuntimeError("stopped")
+        return decides
 
     monkeypatch.setattr(Meter, "end_step", stop)
     with pytest.raises(RuntimeError):

@@ -80,10 +80,16 @@ def test_the_second_reader_solves_the_example_of_the_file():
     assert solve(question) == (51, {"Ann": 12, "Ben": 17, "Cal": 51})
 
 
+@pytest.fixture(scope="module", params=["easy", "hard"])
+def tier(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def made() -> list[Problem]:
+def made(tier) -> list[Problem]:
+    """Of each tier, as many of 1 step as of 2, 3, 4 and 5."""
     rng = random.Random(0)
-    return [make_problem(rng, 1 + i % 5) for i in range(3000)]
+    return [make_problem(rng, 1 + i % 5, tier) for i in range(3000)]
 
 
 def test_question_solved_by_a_second_reader_gives_the_answer(made):
@@ -111,11 +117,12 @@ def test_gold_trace_verifies(made):
         assert (check.well_formed, check.verified, check.answer) == (True, True, problem.answer)
 
 
-def test_every_number_is_1_to_99(made):
+def test_every_number_is_1_to_the_largest_of_the_tier(made, tier):
+    largest = {"easy": 50, "hard": 99}[tier]
     for problem in made:
         numbers = re.findall(r"-?\d+", problem.question)
         numbers += re.findall(r"\d+", " ".join(problem.lines))
-        assert all(1 <= int(number) <= 99 for number in numbers)
+        assert all(1 <= int(number) <= largest for number in numbers)
         assert not re.search(r"=-|\+-|\.\d", " ".join(problem.lines))
 
 
@@ -138,9 +145,9 @@ def test_every_relation_and_both_distractors_occur(made):
     assert without > 500
 
 
-def test_facts_are_shuffled(made):
-    # With 4 or more facts, the given value comes first in at most 1 of 4, and in reading order
-    # the chain is in order in at most 1 of 4! problems.
+def test_facts_are_in_order_where_easy_and_shuffled_where_hard(made, tier):
+    # Shuffled, the given value of 4 or more facts comes first in at most 1 of 4 problems, and the
+    # chain stands in order in at most 1 of 4!.
     long = [p for p in made if p.steps >= 3]
     first = in_order = 0
     for problem in long:
@@ -150,8 +157,11 @@ def test_facts_are_shuffled(made):
         chain = [line.split(": ")[1].split("=")[0] for line in problem.lines[1:]]
         first += owners[0] not in chain
         in_order += [o for o in owners if o in chain] == chain
-    assert 0.1 < first / len(long) < 0.35
-    assert in_order / len(long) < 0.2  # 1/3! at 3 steps, less at more
+    if tier == "easy":
+        assert first == in_order == len(long)
+    else:
+        assert 0.1 < first / len(long) < 0.35
+        assert in_order / len(long) < 0.2  # 1/3! at 3 steps, less at more
 
 
 def test_names_and_things_vary(made):
@@ -221,7 +231,7 @@ def test_no_question_twice_and_the_same_problems_again():
 
 def test_more_problems_than_there_are_is_refused(monkeypatch):
     same = Problem("Ann has 1 pen. How many?", ("Ann=1", "Ben=1+1=2"), 2)
-    monkeypatch.setattr(problems_module, "make_problem", lambda rng, steps: same)
+    monkeypatch.setattr(problems_module, "make_problem", lambda rng, steps, tier: same)
     with pytest.raises(ValueError, match=f"cannot make 2 different {same.split} problems"):
         make_problems(same.split, (1,), 2, seed=0)
 

@@ -20,7 +20,16 @@ from distill.fused import compiled_chunk_loss
 from files import Finished, file_hash, read_json
 from methods import cached_teacher
 from model import generate, load_model, make_or_load
-from tests.short_runs import ALL, SMALL, argv_of, cached, logged, make_teacher, same_bits, weights
+from tests.short_runs import (
+    ALL,
+    SMALL,
+    argv_of,
+    cached,
+    logged,
+    make_teacher,
+    nearly_equal,
+    same_bits,
+)  # fmt: skip
 from tests.short_runs import run as run_script
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +53,7 @@ def test_accumulation_gives_the_same_student(name, prepared_folder, teacher, tmp
     for parts in (1, 4):
         words = ["--steps", 3, "--accumulation_steps", parts, "--optimizer", "adamw"]
         run_script(script, *flags, *words, "--out", tmp_path / str(parts))
-    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
-    assert all(torch.allclose(one[key], four[key], atol=2e-4) for key in one)
+    assert nearly_equal(tmp_path / "1", tmp_path / "4")
 
 
 def test_the_log_has_the_whole_batch_s_loss(prepared_folder, tmp_path):
@@ -103,8 +111,7 @@ def test_fused_and_plain_train_the_same(name, prepared_folder, teacher, tmp_path
         with monkeypatch.context() as patch:  # only one of the two may run
             patch.delattr(script, "fused_loss" if fused == "no" else "compute_loss")
             run_script(script, *flags, *words, "--out", tmp_path / fused)
-    plain, fused = weights(tmp_path / "no"), weights(tmp_path / "yes")
-    assert all(torch.allclose(plain[key], fused[key], atol=2e-4) for key in plain)
+    assert nearly_equal(tmp_path / "no", tmp_path / "yes")
 
 
 def test_alpha_zero_never_reads_labels(prepared_folder, teacher, tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ def test_corrupt_tokenizer_is_refused(folder, tmp_path, content):
     whole = (folder / "tokenizer.json").read_bytes()
     content = whole[: len(whole) // 2] if content == b"half" else content
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer file"):
+    with pytest.raises(ValueError, match="no tokenizer in .*tokenizer.json"):
         load_tokenizer(tmp_path)
 
 

@@ -2,28 +2,41 @@
 
     python -m eval.experiments.curves --preset quick
 
-Copies the evaluations of the headline runs' log.csv into one CSV.
+Copies the evaluations of three headline runs' log.csv into one CSV, and the final one of run.json,
+which is the number of every table. It is made on more held-out windows than those before it, so
+column `windows` has how many; losses are comparable where it is the same.
 """
 
 from pathlib import Path
+
+from dataset.packing import PackedText
+from run.training import EVALUATED
 
 from . import headline
 from .common import append_rows, experiment_main, read_rows
 from .jobs import run_jobs
 
+ARMS = ("teacher", "plain", "distilled")
+
 
 def run(scale, results) -> None:
     path = results / "curves" / "results.csv"
     present = {(row["arm"], int(row["seed"])) for row in read_rows(path)}
+    size = PackedText(scale.data, "val", scale.seq_len).size
     for arm, job_of in headline.experiment(scale).arms:
         for seed in range(scale.seeds):
-            if (arm, seed) in present:
+            if arm not in ARMS or (arm, seed) in present:
                 continue
             job = job_of(seed)
             run_jobs([job])
+            record, lines = job.record(), read_rows(Path(job.out) / "log.csv")
+            lines = [
+                {**line, "windows": min(EVALUATED, size)} for line in lines if line["val_loss"]
+            ]
+            final = {"step": record["steps"], "windows": min(record["args"]["final_eval"], size)}
+            lines.append({**record, **record["metrics"], **final})
             row = {"experiment": "curves", "arm": arm, "seed": seed, "command": job.command}
-            lines = [line for line in read_rows(Path(job.out) / "log.csv") if line["val_loss"]]
-            names = ("step", "tokens", "val_loss", "seconds", "flops")
+            names = ("step", "tokens", "val_loss", "windows", "seconds", "flops")
             append_rows(path, [{**row, **{name: line[name] for name in names}} for line in lines])
 
 

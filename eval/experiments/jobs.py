@@ -20,9 +20,8 @@ import torch
 from tqdm import tqdm
 
 from dataset.teacher_cache import read_header
-from files import Finished, Locked, lock, read_json, unlock_all
+from files import Finished, Locked, lock, progress, read_json, unlock_all
 from model.device import available_cores, give_back_memory
-from run import log
 
 # Of what a script writes, where it is no run's folder: what is added to the name of --out.
 RECORDS = {"dataset.teacher_cache": "", "dataset.make_traces": ".finished.json"}
@@ -115,7 +114,7 @@ def start_worker(threads: int, tqdm_lock, positions) -> None:
     torch.set_num_threads(threads)
     tqdm.set_lock(tqdm_lock)
     with positions.get_lock():
-        log.bar_position = positions.value
+        progress.position = positions.value
         positions.value += 1
 
 
@@ -143,7 +142,7 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> 
     shared = (threads, context.RLock(), context.Value("i", 1))
     running, calls = {}, []
     with (
-        tqdm(total=len(waiting), desc="runs", unit="run", position=0) as bar,
+        progress.progress_bar(len(waiting), "runs", unit="run") as bar,
         ProcessPoolExecutor(workers, context, start_worker, shared) as pool,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread,
     ):

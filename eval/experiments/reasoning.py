@@ -92,7 +92,11 @@ def reasoning_row(scale, job: Job) -> dict:
     problems = f"{dict(job.flags)['tokenizer']}/reason_test.jsonl"
     answers = Path(job.out) / "answers.jsonl"
     table = evaluate_reasoning(job.out, problems, answers, choose_device("auto"))
-    columns = {f"accuracy_{steps}": table[steps]["accuracy"] for steps in range(1, 6)}
+    columns = {
+        f"{what}_{steps}": table[steps][what]
+        for what in ("accuracy", "verified")
+        for steps in range(1, 6)
+    }
     names = ("accuracy", "well_formed", "verified", "think_tokens")
     return {**{name: table[0][name] for name in names}, **columns, **run_row(job)}
 

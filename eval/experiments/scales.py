@@ -76,10 +76,11 @@ QUICK = Scale(
     tag_weights=(1.0,),
     with_kl=False,
 )
-# Teachers of 5M, 26M and 104M, a student of 5M: for one laptop GPU.
+# Teachers of 6M, 26M and 104M, a student of 6M: for one laptop GPU.
 FULL = Scale(
     "full", teacher="base", student="small", teacher_sizes=("small", "base", "large"),
     teacher_steps=6000, text_steps=2000, text_batch=32, seq_len=256, reason_teacher="base",
-    reason_teacher_steps=3000, reason_steps=2000, reason_batch=64, flags=(("compile", None),), vocab_size=6400,
+    reason_teacher_steps=3000, reason_steps=2000, reason_batch=64, flags=(("compile", None),),
+    vocab_size=6400,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (QUICK, Scale("standard"), FULL)}

@@ -1,12 +1,21 @@
-"""What a soft label looks like: the teacher's distribution for one real context at several T.
+"""What a soft label looks like: the teacher's distribution after three real contexts, at several T.
 
     python -m eval.experiments.soft_labels --preset quick
 
-Picks the held-out context at which the teacher's entropy is closest to 2 nats among 200 fixed
-windows: neither certain nor clueless. Rows hold its ten likeliest tokens and their probabilities.
+A rule chooses the contexts among all places of 200 held-out windows. A place counts where the four
+likeliest tokens and the true next one are frequent whole words, and the last 45 characters, or what
+the window has before it, are a piece of one sentence (every place, where the text has fewer than
+three such). Of them it takes those whose entropies at T = 1 are nearest to 0, 3 and 5 nats: the
+surest, a middle one, an open one. Rows hold the probabilities of the four likeliest tokens, of the
+true next one where it is none of them, and of all others together (`count` of them, rank 0): the
+rows of a context and a temperature sum to one.
 """
 
+import re
+from collections import Counter
+
 import torch
+from torch import Tensor
 
 from dataset.packing import PackedText
 from dataset.tokenizer import decode, load_tokenizer
@@ -15,8 +24,43 @@ from model import load_model
 from .common import append_rows, experiment_main, read_rows, teacher_of
 from .jobs import run_jobs
 
-TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
-CONTEXT, TOP, ENTROPY = 24, 10, 2.0
+TEMPERATURES, ENTROPIES, TOP = (1.0, 2.0, 4.0), (0.0, 3.0, 5.0), 4
+WINDOWS, CHARACTERS, FREQUENT = 200, 45, 20
+PIECE = re.compile(r"[A-Z]?([a-z ,;:'’-]|\bI\b)+")  # of one sentence, with no name
+
+
+def frequent_words(text: PackedText, tokenizer, vocab_size: int) -> Tensor:
+    """Which tokens are a space and a whole word that the text uses often: (V,), bool."""
+    words = Counter(re.findall(r" [A-Za-z]+\b", decode(tokenizer, text.stream.tolist())))
+    tokens = (decode(tokenizer, [token]) for token in range(vocab_size))
+    return torch.tensor([words[token] >= FREQUENT for token in tokens])
+
+
+def choose(teacher, tokenizer, text: PackedText) -> list[tuple[str, Tensor, int]]:
+    """The contexts, each with the teacher's logits (V,) and the true next token."""
+    ids, labels = next(text.evaluation(WINDOWS, WINDOWS))  # (B, S)
+    words = frequent_words(text, tokenizer, text.vocab_size)
+    entropy, whole = torch.zeros(ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
+    for row in range(len(ids)):  # one at a time: logits are large
+        logits = teacher(ids[row : row + 1])[0]  # (S, V)
+        log_probs = logits.log_softmax(-1)
+        entropy[row] = -(log_probs.exp() * log_probs).sum(-1)
+        whole[row] = words[logits.topk(TOP).indices].all(-1) & words[labels[row]]
+
+    def context(row: int, place: int) -> str:
+        words = " ".join(decode(tokenizer, ids[row, : place + 1].tolist()).split())
+        return words[-CHARACTERS:].split(" ", 1)[-1]  # from the beginning of a word
+
+    places = [place for place in whole.nonzero().tolist() if PIECE.fullmatch(context(*place))]
+    if len(places) < len(ENTROPIES):
+        places = torch.ones_like(whole).nonzero().tolist()
+    chosen = []
+    for target in ENTROPIES:
+        row, place = min(places, key=lambda place: abs(float(entropy[tuple(place)]) - target))
+        places.remove([row, place])
+        logits = teacher(ids[row : row + 1, : place + 1])[0, -1]  # (V,)
+        chosen.append((context(row, place), logits, int(labels[row, place])))
+    return chosen
 
 
 @torch.no_grad()
@@ -27,27 +71,27 @@ def run(scale, results) -> None:
     job = teacher_of(scale, 0)
     run_jobs([job])
     teacher, tokenizer = load_model(job.out), load_tokenizer(job.out)
-    text = PackedText(scale.data, "val", scale.seq_len)
-    input_ids, labels = next(text.evaluation(200, 200))
-    position = scale.seq_len // 2
-    logits = teacher(input_ids[:, : position + 1])[:, -1]  # (B, V)
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    row = int((entropy - ENTROPY).abs().argmin())
-    context = decode(tokenizer, input_ids[row, position + 1 - CONTEXT : position + 1].tolist())
     rows = []
-    for temperature in TEMPERATURES:
-        probabilities = (logits[row] / temperature).softmax(-1)
-        entropy = float(-(probabilities * probabilities.clamp(min=1e-30).log()).sum())
-        for rank, token in enumerate(logits[row].topk(TOP).indices.tolist(), start=1):
-            rows.append({
-                "experiment": "soft_labels", "arm": f"T={temperature:g}", "seed": 0,
-                "teacher_params": teacher.num_parameters(), "temperature": temperature,
-                "rank": rank, "token": decode(tokenizer, [token]),
-                "probability": float(probabilities[token]), "entropy": entropy,
-                "is_next": int(token == int(labels[row, position])),
-                "context": context, "command": job.command,
-            })  # fmt: skip
+    contexts = choose(teacher, tokenizer, PackedText(scale.data, "val", scale.seq_len))
+    for number, (context, logits, true) in enumerate(contexts, start=1):
+        ranked = logits.argsort(descending=True).tolist()
+        shown = {token: rank for rank, token in enumerate(ranked, start=1)
+                 if rank <= TOP or token == true}  # fmt: skip
+        for temperature in TEMPERATURES:
+            chances = (logits.double() / temperature).softmax(-1)
+            bars = [(rank, decode(tokenizer, [token]), 1, float(chances[token]), token == true)
+                    for token, rank in shown.items()]  # fmt: skip
+            rest = 1 - sum(chance for *_, chance, _ in bars)
+            bars.append((0, "", len(ranked) - len(shown), max(0.0, rest), False))
+            entropy = float(torch.special.entr(chances).sum())
+            for rank, token, count, chance, is_next in bars:
+                rows.append({
+                    "experiment": "soft_labels", "arm": f"context {number}, T={temperature:g}",
+                    "seed": 0, "teacher_params": teacher.num_parameters(),
+                    "temperature": temperature, "rank": rank, "token": token, "count": count,
+                    "probability": chance, "entropy": entropy, "is_next": int(is_next),
+                    "context": context, "command": job.command,
+                })  # fmt: skip
     append_rows(path, rows)
     print(f"{path}: written")
 

@@ -221,7 +221,7 @@ CASES = [
     (
         f"{DISTILL} {BAD_TEACHER}",
         {"t": ("teacher", edit_json("config.json", hidden_size=128))},
-        "has shape|hidden_size",
+        "size mismatch|hidden_size",
     ),
     (
         f"{DISTILL} {BAD_TEACHER}",
@@ -254,12 +254,12 @@ CASES = [
     (
         f"{DISTILL} {BAD_TEACHER}",
         {"t": ("teacher", edit_json("config.json", num_hidden_layers=10**9))},
-        "num_hidden_layers = 1000000000 must be at most 1000",
+        "num_hidden_layers = 1000000000 must be .* at most 1000",
     ),
     (
         f"{DISTILL} {BAD_TEACHER}",
         {"t": ("teacher", edit_json("config.json", vocab_size=10**18))},
-        "vocab_size = 10+ must be at most",
+        "vocab_size = 10+ must be .* at most",
     ),
     (
         f"{DISTILL} {BAD_TEACHER}",

@@ -169,7 +169,7 @@ def test_when_no_state_is_whole_nothing_is_resumed(tmp_path, how):
         train(open_run(tmp_path / "a"), stop_at=5)
     for path in (tmp_path / "a" / "resume").glob("state-*.pt"):
         spoil(path, how)
-    with pytest.raises(ValueError, match="cannot be read .*damaged.*--overwrite"):
+    with pytest.raises(ValueError, match="no state can be read .*damaged.*--overwrite"):
         opened(tmp_path / "a", "--resume")
 
 

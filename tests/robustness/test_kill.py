@@ -153,8 +153,7 @@ def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
     with open(tmp_path / "results" / "headline" / "results.csv", newline="") as file:
         rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
     assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "01"})
-    finals = said.count("perplexity")
-    assert finals == 4, said[-3000:]  # nano is both teacher and plain student here
+    assert said.count("perplexity") == len(rows), said[-3000:]
 
 
 def test_no_other_sweep_comes_between(prepared_folder, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset import make_traces
-from files import read_json
+from files import growing, read_json
 from run.optimizer import Optimizer
 from tests.short_runs import (
     ALL,
@@ -113,7 +113,7 @@ def test_traces_resume_and_keep(prepared_folder, teacher, tmp_path, monkeypatch)
     assert json.loads(lines[0])["conversations"][-1]["role"] == "assistant"
 
     calls = []
-    write_json = make_traces.write_json
+    write_json = growing.write_json
 
     def die_at_third(path, value):
         calls.append(path)
@@ -121,10 +121,10 @@ def test_traces_resume_and_keep(prepared_folder, teacher, tmp_path, monkeypatch)
             raise Killed
         write_json(path, value)
 
-    monkeypatch.setattr(make_traces, "write_json", die_at_third)
+    monkeypatch.setattr(growing, "write_json", die_at_third)
     with pytest.raises(Killed):
         run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
-    monkeypatch.setattr(make_traces, "write_json", write_json)
+    monkeypatch.setattr(growing, "write_json", write_json)
     run(make_traces, *flags, "--out", tmp_path / "killed.jsonl")
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -142,7 +142,7 @@ def test_traces_that_were_deleted_are_made_again(prepared_folder, teacher, tmp_p
     with pytest.raises(ValueError, match=f"has {len(made) - 5:,} bytes, its record says"):
         run(make_traces, *flags)
     (tmp_path / "x.jsonl.progress.json").unlink()
-    with pytest.raises(ValueError, match="is not a trace file to go on with"):
+    with pytest.raises(ValueError, match="is not a file to go on with"):
         run(make_traces, *flags)
     assert (tmp_path / "x.jsonl").read_bytes() == made[:-5]
 
