@@ -78,6 +78,14 @@ def verdict(a: list[dict], b: list[dict]) -> str:
     return f"{'wins' if spread(a)[0] <= spread(b)[0] else 'loses'} by {size} nats"
 
 
+def change_of(a: list[dict], b: list[dict]) -> str:
+    """What the mean loss does from a to b: "gains 0.07", "loses 0.07", "stays within 0.01"."""
+    size = amount(a, b)
+    if size.startswith("0.00"):
+        return "stays within 0.01"
+    return f"{'gains' if spread(b)[0] <= spread(a)[0] else 'loses'} {size}"
+
+
 def spread(rows: list[dict], column="val_loss", scale=1.0) -> tuple[float, float, float]:
     """Mean, lowest and highest of a column."""
     values = [scale * float(row[column]) for row in rows]

@@ -31,6 +31,7 @@ from eval.drawing import (
     best,
     by_arm,
     by_number,
+    change_of,
     finish,
     millions,
     points,
@@ -79,15 +80,18 @@ def draw_headline(results: Path, figure) -> None:
     left.axvline(spread(groups["distilled"])[0], color=BLUE, linewidth=1, alpha=0.5)
     left.set_yticks(range(len(names)), names.values())
     left.set_ylim(len(names) - 0.5, -0.7)
+    left.margins(x=0.15)  # room for the numbers at the points
     right.set_xlim(0, 1.8 * right.get_xlim()[1])
     xlabel = f"held-out loss (nats per token)\n← lower is better\n{seeds_of(rows)}"
     finish(left, "", xlabel, "")
     finish(right, "", "cost of training (Tflop)\n← lower is cheaper", "")
-    found = [verdict(groups["distilled"], groups[arm]) for arm in ("plain", *ways) if arm in groups]
-    title = f"At equal tokens the distilled student {found[0]}"
-    if len(found) == 5:
-        title += f"\nAt equal cost it {found[1]} (seconds), {found[2]} (flops)"
-        title += f"\nIf its teacher must be trained too it {found[3]} (seconds), {found[4]} (flops)"
+    found = {arm: verdict(groups["distilled"], rows) for arm, rows in groups.items()}
+    title = f"At equal tokens the distilled student {found['plain']}"
+    bills = {"At equal cost": "", "If its teacher must be trained too": " and teacher"}
+    for condition, bill in bills.items():
+        arms = {f"equal {what}{bill}": what for what in ("seconds", "flops")}
+        parts = [f"{found[arm]} ({what})" for arm, what in arms.items() if arm in found]
+        title += f"\n{condition} it {', '.join(parts)}" if parts else ""
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")
 
 
@@ -121,8 +125,7 @@ def draw_teachers(results: Path, figure, name: str) -> None:
     label = f"its {millions(students[0][0]['student_params'])} student"
     points(axis, x, students, label=label, **LOOKS["distilled"])
     title = change.format(ticks[x[0]], ticks[x[-1]])
-    gains = (f"{'gains' if spread(arms[-1])[0] <= spread(arms[0])[0] else 'loses'} "
-             f"{amount(arms[0], arms[-1])}" for arms in (teachers, students))  # fmt: skip
+    gains = (change_of(arms[0], arms[-1]) for arms in (teachers, students))
     title += " the teacher {} nats,\nits student {}".format(*gains)
     for plain in drawing.references(axis, results):
         helps = all(verdict(student, plain).startswith("wins") for student in students)

@@ -511,6 +511,22 @@ def test_the_headline_says_who_wins_at_which_cost(tmp_path):
     ]
 
 
+def test_one_seed_names_the_costs_that_were_measured(tmp_path):
+    means = {"teacher": 3.7, "plain": 4.0, "distilled": 3.9, "equal flops": 3.8}
+    costs = {"flops": 1e12, "seconds": 10, "tokens": 1e6}
+    arms = {arm: measured(loss, **costs) for arm, loss in means.items()}
+    assert title_of(tmp_path, "headline", arms).splitlines() == [
+        "At equal tokens the distilled student wins by 0.10 nats",
+        "At equal cost it loses by 0.10 nats (flops)",
+    ]
+
+
+def test_a_change_that_rounds_to_nothing_is_none():
+    assert drawing.change_of(measured(4.1), measured(4.002)) == "gains 0.10"
+    assert drawing.change_of(measured(4.0), measured(4.2)) == "loses 0.20"
+    assert drawing.change_of(measured(4.0), measured(4.004)) == "stays within 0.01"
+
+
 def test_tag_weights_are_drawn_where_there_are_several(tmp_path):
     def rows(*shares):
         return [{"seed": str(seed), "accuracy_3": share, "verified_3": share / 2}
