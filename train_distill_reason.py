@@ -35,8 +35,6 @@ Try: --tag_weight 3, --answers_only (what are the steps worth?).
 Shapes: B batch, S sequence, N tokens with a label, V vocabulary.
 """
 
-from pathlib import Path
-
 from torch import Tensor
 
 from dataset import add_data_flags, open_data
@@ -91,11 +89,6 @@ def parse_args(argv=None):
 
 
 def main(args) -> dict:
-    if args.student == "out/student" and not Path(args.student).is_dir():
-        raise ValueError(
-            "no student in 'out/student': make one with: python train_distillation.py, or start "
-            "from a preset: --student nano"
-        )
     run = Run(args)  # device, precision, seed
     data = open_data(args, args.student)
     special_ids = data.special_ids()  # of the four tags, and of the end of a turn

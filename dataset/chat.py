@@ -25,7 +25,6 @@ from .sources import read_jsonl
 from .tokenizer import TAGS, encode, encode_tagged, load_tokenizer, special_id
 
 IGNORE = -100
-PARTS, ROWS = 4, 8  # micro-batches of a batch: at most so many, of at least so many rows
 PAD_ID = 0
 ROLES = ("system", "user", "assistant")
 THINK_SPAN = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -145,10 +144,6 @@ class ChatData:
         """Ids of the four reasoning tags, and of the end of a turn. Raises ValueError without."""
         tags = tuple(special_id(self.tokenizer, tag) for tag in TAGS)
         return tags, special_id(self.tokenizer, "<|im_end|>")
-
-    def micro_batches(self, batch_size: int, accumulation_steps: int) -> int:
-        """How many a batch is cut into: more are less padding, but each costs time by itself."""
-        return max(accumulation_steps, min(PARTS, batch_size // ROWS), 1)
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """input_ids and labels (B, S) of `rows`, padded on the right to their longest."""

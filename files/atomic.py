@@ -55,14 +55,21 @@ def write_json(path, value) -> None:
 
 def read_json(path) -> dict:
     """Read a JSON object. Raises ValueError naming the file where it is not one."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(text: bytes, where) -> dict:
+    """The JSON object that `text` is. Raises ValueError naming `where`, a file or a line of one."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): make it again") from None
+        value = json.loads(text.decode("utf-8"))
+        if b"\\ud" in text.lower():  # half of a surrogate pair is not text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): mend or remove it") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{where} must be a JSON object, not a {type(value).__name__}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
@@ -11,15 +12,14 @@ position = None  # the line of this process's bar, where several processes show 
 
 def progress_bar(total: float | None, desc: str, initial=0, unit="step", silent=False):
     """A context with `update(n)`, `set_postfix_str(text)`, `write(text)`, and the attribute
-    `total`, None where it is unknown. What has ended leaves no bar: its caller says so in one line.
-    """
+    `total`, None where unknown. What has ended leaves no bar: its caller says so in one line."""
     if silent or sys.stderr.isatty():
         shown = {"unit": unit, "position": position, "leave": False, "mininterval": 0.5}
         return tqdm(total=total, desc=desc, initial=initial, disable=silent, **shown)
     return Lines(total, desc, initial, unit)
 
 
-class Lines:
+class Lines(AbstractContextManager):
     """Stands for the bar: a line each minute, or as soon as another tenth is done, but then at
     least 10 seconds after the last one. A job of a few seconds writes none."""
 
@@ -43,9 +43,6 @@ class Lines:
 
     def write(self, text: str) -> None:
         print(text, flush=True)
-
-    def __enter__(self) -> "Lines":
-        return self
 
     def __exit__(self, *_) -> None:
         pass

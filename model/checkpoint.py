@@ -64,7 +64,7 @@ def read_config(folder) -> ModelConfig:
     """The ModelConfig of a checkpoint folder. Raises ValueError naming what is missing."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        cure = "train one first (python train_pretrain.py) or pass another folder"
+        cure = f"make one with: python train_pretrain.py --out {folder}, or pass another folder"
         raise ValueError(f"no checkpoint in '{folder}': {path} does not exist; {cure}")
     config = read_json(path)
     try:

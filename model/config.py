@@ -48,7 +48,8 @@ class ModelConfig:
     def preset(cls, name: str, vocab_size: int) -> "ModelConfig":
         """The configuration called `name` in PRESETS, for a tokenizer of `vocab_size` tokens."""
         if name not in PRESETS:
-            cure = f"use one of {', '.join(PRESETS)}, or a folder that holds a config.json"
+            made = "or a checkpoint folder (python train_distillation.py makes out/student)"
+            cure = f"use one of {', '.join(PRESETS)}, {made}"
             raise ValueError(f"no model preset or checkpoint folder '{name}': {cure}")
         D, L, H, K, inner, positions = PRESETS[name]
         return cls(vocab_size, D, L, H, K, D // H, inner, positions)

@@ -14,6 +14,12 @@ from . import parallel
 # Widths are rounded up to a multiple: for every new shape a matrix product may compile a kernel (in
 # bfloat16 on a CPU it does, and that took as long as the products themselves).
 COLUMNS = 32
+PARTS, ROWS = 4, 8  # of a batch with padding: at most so many micro-batches, of so many rows
+
+
+def count_parts(batch_size: int, accumulation_steps: int, padded: bool) -> int:
+    """Micro-batches of a batch: more are less padding, but each costs time by itself."""
+    return max(accumulation_steps, min(PARTS, batch_size // ROWS) if padded else 1, 1)
 
 
 def micro_batches(batch: tuple[Tensor, ...], parts: int, padded: bool) -> Iterator[tuple]:

@@ -8,8 +8,6 @@ from files.progress import progress_bar
 
 from . import parallel
 
-FIRST_COLUMNS = ("step", "tokens", "flops", "seconds", "train_loss")
-
 
 class Log:
     """Rows of log.csv, one for each logged step, with the loss's named parts."""
@@ -29,9 +27,8 @@ class Log:
 
     def write(self) -> None:
         names = dict.fromkeys(name for row in self.rows for name in row if name != "val_loss")
-        columns = [*FIRST_COLUMNS, *(n for n in names if n not in FIRST_COLUMNS), "val_loss"]
         with atomic_path(self.folder / "log.csv") as temporary:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, [*names, "val_loss"])
                 writer.writeheader()
                 writer.writerows(self.rows)

@@ -11,8 +11,7 @@ of this is the identity.
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -48,8 +47,9 @@ def end_process(code: int, message: str | None) -> None:
     """End this process, one of several; the first one to fail says why. It leaves the connections
     open: closing them waits for the others (torchtitan #1342). Nor is the interpreter taken down:
     gloo's threads may hold tensors (pytorch #179291)."""
-    if message is not None and is_first_failure():
-        command.end_alone(0, message)
+    with suppress(RuntimeError):  # the store went with its process, which has reported
+        if message is not None and store.add("failures", 1) == 1:
+            command.end_alone(0, message)
     if code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -69,33 +69,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def is_first_failure() -> bool:
-    """Whether this process is the first to report how the run ends; the others stay silent."""
-    try:
-        return store.add("failures", 1) == 1
-    except RuntimeError:  # the store went with its process, which has reported
-        return False
-
-
 # Agreements. Each is made by all processes at the same place, or they wait for each other forever.
 
 
-@contextmanager
-def report_lost_process() -> Iterator[None]:
-    """Turn the error of a process that is gone into an OSError, in one sentence."""
-    try:
-        yield
-    except RuntimeError:
-        cure = "see its message (or was it killed for memory?), and go on with --resume"
-        raise ConnectionError(f"another process of this run has ended: {cure}") from None
-
-
 def total(value: Tensor) -> Tensor:
-    """The sum of every process's `value`."""
+    """`value`, become the sum of every process's. Raises OSError where another one is gone."""
     if world_size() > 1:
-        value = value.clone()
-        with report_lost_process():
+        try:
             dist.all_reduce(value)
+        except RuntimeError:
+            cure = "see its message (or was it killed for memory?), and go on with --resume"
+            raise ConnectionError(f"another process of this run has ended: {cure}") from None
     return value
 
 
@@ -115,9 +99,5 @@ def broadcast_from_rank0(value: float) -> float:
 
 def sum_gradients(gradients: list[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, sent as one vector."""
-    if world_size() == 1 or not gradients:
-        return
-    vector = parameters_to_vector(gradients)
-    with report_lost_process():
-        dist.all_reduce(vector)
-    vector_to_parameters(vector, gradients)
+    if world_size() > 1 and gradients:
+        vector_to_parameters(total(parameters_to_vector(gradients)), gradients)

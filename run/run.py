@@ -19,7 +19,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from model import device as machine
 from model import load_for, make_or_load, weights_hash
 
 from . import parallel, shards
-from .batches import Accumulated, micro_batches
+from .batches import Accumulated, count_parts, micro_batches
 from .flags import check_flags
 from .optimizer import Optimizer
 from .signals import noted_signals
@@ -54,9 +53,6 @@ class Run:
     def teacher(self, folder, data) -> nn.Module:
         """The frozen model of a checkpoint folder. Raises ValueError without one, or where its
         tokenizer is not the data's."""
-        if not Path(folder).is_dir():
-            make = f"make one with: python train_pretrain.py --out {folder}"
-            raise ValueError(f"no teacher in '{folder}': {make}")
         model = load_for(folder, data).requires_grad_(False)
         self.sources.setdefault("teacher_sha256", []).append(weights_hash(folder))
         self.teachers.append(self.to_device(model))
@@ -95,8 +91,7 @@ class Run:
         args, training, meter = self.args, self.training, self.training.meter
         self.sources |= {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256}
         training.begin(data)
-        count_parts = getattr(data, "micro_batches", lambda batch_size, parts: parts)
-        parts = count_parts(args.batch_size, args.accumulation_steps)
+        parts = count_parts(args.batch_size, args.accumulation_steps, data.padded)
         with noted_signals() as signals, training.progress:
             while not training.is_over():
                 batch = data.batch(training.step, args.batch_size, args.seed)

@@ -20,6 +20,7 @@ from dataset.prepare import problem_line
 from dataset.problems import make_problems
 from dataset.tokenizer import decode, load_tokenizer, save_tokenizer, train_tokenizer
 from files import tokenizer_hash
+from run.batches import count_parts
 
 IGNORE, PAD, START, END, THINK, UNTHINK, ANSWER, UNANSWER = -100, 0, 1, 2, 3, 4, 5, 6
 TRACE = "<think>\n2+2=4\n</think>\n<answer>\n4\n</answer>"
@@ -413,7 +414,7 @@ def test_padding_of_generated_problems_is_small(tmp_path, prepared_folder, batch
     path = write(tmp_path / "reason.jsonl", *lines)
     data = ChatData(path, prepared_folder, "train", 10_000, val_share=0.0)
     tokens = computed = 0
-    parts = data.micro_batches(batch_size, 1)
+    parts = count_parts(batch_size, 1, data.padded)
     for input_ids, _ in epoch(data, batch_size, seed=4):
         for piece in input_ids.chunk(parts):  # each is cut at its own longest row
             lengths = (piece != PAD).sum(1).tolist()
@@ -427,12 +428,8 @@ def test_padding_of_generated_problems_is_small(tmp_path, prepared_folder, batch
     "batch_size, accumulation_steps, parts",
     [(1, 1, 1), (7, 1, 1), (16, 1, 2), (32, 1, 4), (512, 1, 4), (16, 8, 8), (64, 2, 4)],
 )
-def test_micro_batches_of_conversations(
-    tmp_path, letters_folder, batch_size, accumulation_steps, parts
-):
-    path = write(tmp_path / "chat.jsonl", talk("q", "a"))
-    data = ChatData(path, letters_folder, "train", 99, val_share=0.0)
-    assert data.micro_batches(batch_size, accumulation_steps) == parts
+def test_micro_batches_of_conversations(batch_size, accumulation_steps, parts):
+    assert count_parts(batch_size, accumulation_steps, ChatData.padded) == parts
 
 
 def test_cut_conversations_are_counted_and_kept(tmp_path, letters, letters_folder):

@@ -19,12 +19,12 @@ import train_distillation
 import train_pretrain
 from dataset.chat import check_conversation, encode_conversation
 from dataset.problems import check_response, make_problem
-from dataset.sources import parse_line
 from dataset.teacher_cache import HEADER_BYTES, read_header
 from dataset.tokenizer import TAGS, decode, load_tokenizer, special_id
 from distill import fused_loss, reasoning_weights, weighted_cross_entropy
 from distill.fused import chunk_loss
 from distill.sparse import sample, top_k
+from files.atomic import parse_json
 from methods import cached_teacher
 from model import ModelConfig
 
@@ -229,7 +229,7 @@ def test_any_line_is_an_object_or_an_error(count):
             line[rng.randrange(len(line))] = rng.choice(b'{}[]",:\\u0d8\xff\x00 etn9-')
         line = bytes(line[: rng.choice([None, rng.randrange(len(line))])])
         try:
-            value = parse_line(line, "x line 1")
+            value = parse_json(line, "x line 1")
             assert isinstance(value, dict)
             check_conversation(value, "x line 1")
         except ValueError as error:

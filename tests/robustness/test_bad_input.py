@@ -69,6 +69,7 @@ TEXT = "--text {in}/x.txt"
 JSONL = "--jsonl {in}/x.jsonl"
 BAD_DATA = "--data {in}/d"
 BAD_TEACHER = "--teacher {in}/t"
+NO_STUDENT = "no model preset or checkpoint folder 'out/student': use .* makes out/student"
 PREPARE = "prepare --vocab_size 300 --problems 20 --prompts 5 --test_problems 5 --out new"
 
 
@@ -162,7 +163,7 @@ CASES = [
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", cut("train.bin", 50))}, "train.bin does not hold"),
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", remove("val.bin"))}, "val.bin does not hold"),
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"{"))}, "not valid JSON"),
-    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"[]"))}, "must hold a JSON"),
+    (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"[]"))}, "must be a JSON"),
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"{}"))}, "meta.json is damaged"),
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", edit_json("meta.json", train=3))}, "is damaged"),
     (f"{PRETRAIN} --seq_len 999999", {}, "less than one window of 999999: lower --seq_len"),
@@ -196,7 +197,7 @@ CASES = [
     (f"{REASON} --tag_weight -1", {"x.jsonl": GOOD}, "--tag_weight -1.0 must be between"),
     (f"{CHAT} --data_share 0.5", {"x.jsonl": GOOD}, "--data_share needs .* prepared folder"),
     # Checkpoints.
-    (f"{DISTILL} --teacher nowhere", {}, "no teacher in 'nowhere': make one with"),
+    (f"{DISTILL} --teacher nowhere", {}, "no checkpoint in 'nowhere'.* make one with"),
     (f"{DISTILL} --teacher {{in}}", {"x": "y"}, "no checkpoint in|no tokenizer in|does not exist"),
     (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", cut("model.safetensors", 99))}, "readable"),
     (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", flip("model.safetensors"))}, "is damaged"),
@@ -319,8 +320,8 @@ CASES = [
     ),
     (REASON, {}, "x.jsonl does not exist"),
     (REASON, {"x.jsonl": GOOD + "nope\n"}, "x.jsonl line 81 is not valid JSON"),
-    (f"{REASON} --teacher nowhere", {"x.jsonl": GOOD}, "no teacher in 'nowhere': make"),
-    (f"reason {FAST}", {}, "no student in 'out/student': make one with"),
+    (f"{REASON} --teacher nowhere", {"x.jsonl": GOOD}, "no checkpoint in 'nowhere'.* make"),
+    (f"{REASON} --student out/student --tokenizer {{data}}", {"x.jsonl": GOOD}, NO_STUDENT),
     (
         f"{REASON} --student nano --tokenizer nowhere",
         {"x.jsonl": GOOD},

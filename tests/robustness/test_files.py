@@ -63,8 +63,8 @@ def test_json_round_trip(tmp_path):
         (b"", "not valid JSON"),
         (b'{"a": ', "not valid JSON"),
         (b'{"a": "\xff"}', "not valid JSON"),
-        (b"[1, 2]", "must hold a JSON object, not a list"),
-        (b"3", "must hold a JSON object, not a int"),
+        (b"[1, 2]", "must be a JSON object, not a list"),
+        (b"3", "must be a JSON object, not a int"),
     ],
 )
 def test_json_errors_name_the_file(tmp_path, content, message):
