@@ -3,19 +3,10 @@
     Compared with Ben, Cal has 3 times as many pens. Now Ann has 12 pens. There are 7 caps in a
     box. Compared with Ann, Ben has 5 more pens. How many pens does Cal have?
 
-    <think>
-     Ann has 12 pens: Ann=12
-     Ann, Ben has 5 more pens: Ben=12+5=17
-     Ben, Cal has 3 times as many pens: Cal=17*3=51
-    </think>
-    <answer>
-    51
-    </answer>
-
-A problem of n steps is a chain: each quantity is computed from the one before (more, fewer, times,
-shared equally) or from that and an earlier one (a total). Distractors are added (other things,
-other people). Tier easy has small numbers and tells the facts in the order in which they are
-needed; tier hard (above) shuffles them.
+train_distill_reason.py shows the trace and the answer. A problem of n steps is a chain: each
+quantity is computed from the one before (more, fewer, times, shared equally) or from that and an
+earlier one (a total). Distractors are added (other things, other people). Tier easy has small
+numbers and tells the facts in the order in which they are needed; tier hard (above) shuffles them.
 
 A line of the trace quotes a fact, then computes. The next fact is found by looking for the last
 name and copying what follows it, which two layers learn within a few hundred steps. With facts the
@@ -134,10 +125,8 @@ def try_problem(rng: random.Random, steps: int, tier: Tier) -> Problem | None:
 def make_problems(
     split: str, steps: tuple[int, ...], count: int, seed: int, tier: str = "easy"
 ) -> list[Problem]:
-    """`count` different problems of one split, with equal shares of each number of steps.
-
-    Raises ValueError where the split has not so many different questions.
-    """
+    """`count` different problems of one split, with equal shares of each number of steps. Raises
+    ValueError where the split has not so many different questions."""
     rng = random.Random(f"{split} {steps} {seed}")
     found: dict[str, Problem] = {}
     for _ in range(1000 * count + 10000):
@@ -168,11 +157,9 @@ def check_response(question: str, response: str) -> TraceCheck:
 
 
 def proves(lines: str, question: str, answer: int | None) -> bool:
-    """Whether every line is true, one computes, and the last ends in the answer.
-
-    A line quotes the question (or nothing), then has a colon and "name=a" with a number of the
-    question, or "name=a op b=c" with c right, and a and b in the question or computed above.
-    """
+    """Whether every line is true, one computes, and the last ends in the answer. A line quotes the
+    question (or nothing), then has a colon and "name=a" with a number of the question, or
+    "name=a op b=c" with c right, and a and b in the question or computed above."""
     asked = {int(number) for number in re.findall(r"[0-9]{1,40}", question)}
     computed, result = set(), None
     for line in lines.split("\n"):
@@ -185,15 +172,11 @@ def proves(lines: str, question: str, answer: int | None) -> bool:
             continue
         if equation is None:
             return False
-        left, right, result = (int(equation[i]) for i in (1, 3, 4))
-        if not {left, right} <= asked | computed or not holds(left, equation[2], right, result):
+        sign, left, right, result = equation[2], *(int(equation[i]) for i in (1, 3, 4))
+        is_whole = sign != "/" or (right > 0 and left % right == 0)  # no rounded division
+        if not is_whole or not {left, right} <= asked | computed:
+            return False
+        if OPERATIONS[sign](left, right) != result:
             return False
         computed.add(result)
     return bool(computed) and result == answer
-
-
-def holds(left: int, sign: str, right: int, result: int) -> bool:
-    """Whether left sign right = result, in whole numbers."""
-    if sign == "/":
-        return right != 0 and left == right * result
-    return OPERATIONS[sign](left, right) == result

@@ -31,9 +31,7 @@ def write_replies(
     model, tokenizer, problems: list[dict], max_new_tokens=MAX_NEW_TOKENS, bar=None, **sampling
 ) -> list[list[int]]:
     """The model's reply to every problem, as token ids; like lengths are batched together.
-
-    bar: the progress of a caller who has more problems than these.
-    """
+    bar: the progress of a caller who has more problems than these."""
     prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: dict[int, list[int]] = {}

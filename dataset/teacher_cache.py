@@ -166,8 +166,7 @@ def write(path: Path, header: dict, teacher, text, device) -> None:
     partial = path.with_name(path.name + ".partial")
     growing = files.GrowingFile(partial, header, windows=0)
     first = growing.record["windows"]
-    bar = progress_bar(last, path.name, first, unit="window")
-    with growing.file as file, bar:
+    with growing.file as file, progress_bar(last, path.name, first, unit="window") as bar:
         size = (last - first) * layout.itemsize / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6
         if size > 0.95 * free:

@@ -1,13 +1,11 @@
 """Distillation by logits, token by token: what evaluation, methods and tests share.
 
-    cross_entropy       of every token, -log softmax(z)[label]
-    kl_divergence       of every token, KL(p_T || q_T) = sum_v p_T(v) * (log p_T(v) - log q_T(v))
-    distillation_loss   T^2 * KL(p_T || q_T), the mean over valid tokens
+    KL(p_T || q_T) = sum_v p_T(v) * (log p_T(v) - log q_T(v))
 
 p_T = softmax(teacher_logits / T), q_T = softmax(student_logits / T); train_distillation.py says why
-and mixes it, alpha * CE + (1 - alpha) * distillation_loss. Convention: alpha sits on cross-entropy,
-as in MiniMind. torchtune, MiniLLM and DistiLLM put their ratio on the KL instead; TRL, torchtune
-and Liger leave T^2 out.
+and mixes it, alpha * CE + (1 - alpha) * T^2 * KL. Convention: alpha sits on cross-entropy, as in
+MiniMind. torchtune, MiniLLM and DistiLLM put their ratio on the KL instead; TRL, torchtune and
+Liger leave T^2 out.
 
 Everything is computed in float32 or better: softmax in bfloat16 is coarse enough to give negative
 divergences. (F.kl_div's reduction="batchmean" is not a mean over tokens on (B, S, V): it divides by

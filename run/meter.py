@@ -38,8 +38,9 @@ def attention_backward(grad_out, query, key, value, *_, **__) -> int:
 aten = torch.ops.aten
 FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}  # of each kernel's arguments
 for kernel in "efficient_attention cudnn_attention flash_attention flash_attention_for_cpu".split():
-    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}")] = attention_forward
-    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = attention_backward
+    # None, which no operation is, where this torch has no such kernel.
+    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}", None)] = attention_forward
+    FORMULAS[getattr(aten, f"_scaled_dot_product_{kernel}_backward", None)] = attention_backward
 
 
 class CountFlops(TorchDispatchMode):
