@@ -19,7 +19,8 @@ PARTS, ROWS = 4, 8  # of a batch with padding: at most so many micro-batches, of
 
 def count_parts(batch_size: int, accumulation_steps: int, padded: bool) -> int:
     """Micro-batches of a batch: more are less padding, but each costs time by itself."""
-    return max(accumulation_steps, min(PARTS, batch_size // ROWS) if padded else 1, 1)
+    least = min(PARTS, batch_size // ROWS) if padded else 1
+    return max(accumulation_steps, least)
 
 
 def micro_batches(batch: tuple[Tensor, ...], parts: int, padded: bool) -> Iterator[tuple]:
