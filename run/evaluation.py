@@ -51,6 +51,8 @@ def evaluate(
             correct = (top == labels[rows]).float()
             bins.index_add_(1, index, torch.stack((confidence, correct)).cpu().double())
     tokens, loss, kl, agreeing = sums.tolist()
+    if not tokens:
+        raise ValueError("no token to evaluate: the held-out data has no label")
     loss = loss / tokens
     metrics = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     if bytes_per_token is not None:
