@@ -86,6 +86,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     keep_freed_memory()
     answers = args.out or Path(args.model) / "answers.jsonl"
+    folder = Path(args.model)
+    if args.out is None and folder.is_dir() and not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a model that was trained here: name a file with --out")
     table = evaluate_reasoning(args.model, args.problems, answers, choose_device(args.device))
     print(
         f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from files import atomic_path, copy_tokenizer, file_hash, read_json, tokenizer_hash, write_json
+from files.origin import known_hash
 
 from .config import PRESETS, ModelConfig
 from .transformer import Transformer
@@ -49,15 +50,21 @@ def check_manifest(file: Path) -> None:
     manifest = file.parent / MANIFEST
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
-    if file_hash(file) not in read_json(manifest).get("sha256", []):
+    if known_hash(file) not in read_json(manifest).get("sha256", []):
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
         raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")
 
 
 def weights_hash(folder) -> str:
     """sha256 of a checkpoint's weights: of its one file, or of its shards' hashes together."""
-    first, *more = [file_hash(path) for path in weight_files(Path(folder))]
+    first, *more = [known_hash(path) for path in weight_files(Path(folder))]
     return hashlib.sha256("".join([first, *more]).encode("ascii")).hexdigest() if more else first
+
+
+def checkpoint_files(folder) -> list[Path]:
+    """What a model depends on: its weights, config.json and tokenizer.json."""
+    folder = Path(folder)
+    return [*weight_files(folder), folder / "config.json", folder / "tokenizer.json"]
 
 
 def read_config(folder) -> ModelConfig:
@@ -129,12 +136,12 @@ def load_for(folder, data, device="cpu") -> Transformer:
     return model
 
 
-def make_or_load(name: str, vocab_size: int, device="cpu") -> Transformer:
+def make_or_load(name: str, vocab_size: int, data=None) -> Transformer:
     """A new model of preset `name`, or the folder `name`'s; raises ValueError if its vocabulary
-    is not vocab_size."""
+    is not vocab_size, or its tokenizer not that of `data`."""
     if name in PRESETS or not Path(name).exists():
-        return Transformer(ModelConfig.preset(name, vocab_size)).to(device)
-    model = load_model(name, device)
+        return Transformer(ModelConfig.preset(name, vocab_size))
+    model = load_model(name) if data is None else load_for(name, data)
     if (found := model.config.vocab_size) != vocab_size:
         cure = "both must use one tokenizer; train it again on this data, or start from a preset"
         raise ValueError(f"{name} has vocabulary {found}, here {vocab_size} is needed: {cure}")

@@ -1,6 +1,7 @@
 """A teacher that is read from a file: what each way of keeping it is worth (by hand, at k = V, and
 on average), what stands in the file, and for what it is refused."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import train_distillation
 from dataset import teacher_cache
 from dataset.packing import PackedText
-from dataset.teacher_cache import HEADER_BYTES, CachedText, read_header, record_dtype
+from dataset.teacher_cache import HASH_BYTES, HEADER_BYTES, CachedText, read_header, record_dtype
 from distill import kl_divergence
 from distill.sparse import sample, top_k
 from files import Finished
@@ -388,7 +389,7 @@ def test_temperature(tmp_path, teacher, prepared_folder):
     _, log_probs, _ = cache.take(np.array([3]))
     expected = (load_model(teacher)(ids) / 4).softmax(-1).topk(8).values
     torch.testing.assert_close(log_probs.float().exp(), expected, rtol=1e-2, atol=1e-5)
-    with pytest.raises(ValueError, match="made with temperature 4.0, this run has 1.0: .*hidden"):
+    with pytest.raises(ValueError, match="made with temperature 4.0, here it is 1.0: .*hidden"):
         open_cache(tmp_path / "hot", teacher, prepared_folder, temperature=1.0)
     write(teacher, prepared_folder, tmp_path / "all", "--temperature", 4, "--method", "hidden")
     for temperature in (0.5, 4.0):
@@ -444,7 +445,8 @@ def test_a_cache_is_synced_while_it_grows(tmp_path, teacher, prepared_folder, mo
     header = read_header(tmp_path / "cache")
     record = record_dtype(header).itemsize
     ends = [*range(32, header["windows"], 32), header["windows"]]
-    assert sizes == [HEADER_BYTES + end * record for end in ends]
+    ends = [HEADER_BYTES + end * record for end in ends]
+    assert sizes == [*ends, ends[-1] + HASH_BYTES]
 
 
 def test_what_was_begun_with_other_flags_is_not_continued(
@@ -467,7 +469,7 @@ def test_a_finished_cache_is_neither_made_again_nor_lost(tmp_path, teacher, prep
     before = path.read_bytes()
     with pytest.raises(Finished, match="finished already"):
         write(teacher, prepared_folder, path)
-    with pytest.raises(ValueError, match="holds another cache"):
+    with pytest.raises(ValueError, match="made with k 8, here it is 9: pass --overwrite"):
         write(teacher, prepared_folder, path, "--k", 9)
     assert path.read_bytes() == before
 
@@ -487,21 +489,23 @@ def test_a_cache_of_something_else_is_refused(tmp_path, teacher, prepared_folder
     open_cache(path, teacher, prepared_folder, share=0.25)  # a prefix of its windows
     with pytest.raises(ValueError, match="holds .* windows, this run needs .*--data_share"):
         open_cache(path, teacher, prepared_folder)
-    with pytest.raises(ValueError, match="made with seq_len 16, this run has 8"):
+    with pytest.raises(ValueError, match="made with seq_len 16, here it is 8"):
         open_cache(path, teacher, prepared_folder, seq_len=8)
     other = tmp_path / "other"
     save_model(Transformer(ModelConfig.preset("nano", 400)), other, prepared_folder)
     with pytest.raises(ValueError, match="made with teacher_sha256"):
         open_cache(path, other, prepared_folder, share=0.5)
-    data = shutil.copytree(prepared_folder, tmp_path / "data")
-    meta = json.loads((data / "meta.json").read_text())
-    for name, holder in (("text_sha256", meta["train"]), ("tokenizer_sha256", meta)):
-        key = "sha256" if name == "text_sha256" else name
-        kept, holder[key] = holder[key], "0" * 64
+    for name, file in (("text_sha256", "train.bin"), ("tokenizer_sha256", "tokenizer.json")):
+        data = shutil.copytree(prepared_folder, tmp_path / name)
+        content = bytearray((data / file).read_bytes())
+        content[-1] ^= 8
+        (data / file).write_bytes(content)
+        meta = json.loads((data / "meta.json").read_text())
+        holder, key = (meta["train"], "sha256") if file == "train.bin" else (meta, name)
+        holder[key] = hashlib.sha256(content).hexdigest()
         (data / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(ValueError, match=f"made with {name}"):
             open_cache(path, teacher, data, share=0.5)
-        holder[key] = kept
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Promise: labels are the inputs shifted once; batch n is a function of (data, seed, n)."""
 
+import hashlib
 import itertools
 import json
 
@@ -12,13 +13,19 @@ from dataset.packing import PackedText, epoch_order, write_stream
 END = 0
 
 
+def sha256_of(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def make_folder(folder, documents, vocab_size=60000):
     """A prepared folder whose train and val streams hold `documents`."""
     folder.mkdir(exist_ok=True)
-    meta = {"vocab_size": vocab_size, "tokenizer_sha256": "none"}
+    (folder / "tokenizer.json").write_text("{}")
+    meta = {"vocab_size": vocab_size, "tokenizer_sha256": sha256_of(folder / "tokenizer.json")}
     for split in ("train", "val"):
         meta[split] = write_stream(folder / f"{split}.bin", documents, vocab_size, END)
-        meta[split] |= {"bytes": 3 * meta[split]["tokens"], "sha256": f"of {split}"}
+        digest = sha256_of(folder / f"{split}.bin")
+        meta[split] |= {"bytes": 3 * meta[split]["tokens"], "sha256": digest}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
