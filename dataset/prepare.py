@@ -32,8 +32,6 @@ from .problems import ANSWER, TIERS, Problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
 
-FLAGS = ("vocab_size", "val_share", "tier", "problems", "prompts", "test_problems", "seed")
-
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = new_parser(__doc__)
@@ -114,12 +112,12 @@ def main(args) -> None:
         documents = shakespeare(args.cache)
     training, validation = split_documents(documents, args.val_share)
     # 2. Reasoning problems; and is it made already?
-    reasoning, tokenizer = reasoning_lines(args), None
-    made_from = {name: getattr(args, name) for name in FLAGS} | {"tokenizer": None}
-    if args.tokenizer is not None:
-        tokenizer = load_tokenizer(args.tokenizer)
-        special_id(tokenizer, "<|endoftext|>")
-        made_from["tokenizer"] = files.tokenizer_hash(args.tokenizer)
+    reasoning = reasoning_lines(args)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
+    if tokenizer is not None:
+        special_id(tokenizer, "<|endoftext|>")  # raises without
+    made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
+    made_from["tokenizer"] = args.tokenizer and files.tokenizer_hash(args.tokenizer)
     content = json.dumps([documents, reasoning]).encode("ascii")
     made_from["content"] = hashlib.sha256(content).hexdigest()
     files.lock(args.out, wait=True)  # of two calls the second finds it prepared

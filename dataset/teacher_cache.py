@@ -84,7 +84,7 @@ def read_header(path) -> dict:
                 raise ValueError(f"{name} {header[name]!r}")
         size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize + HASH_BYTES
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a teacher cache ({error}): {make}") from None
+        raise ValueError(f"{path} is not a teacher cache ({error}): pass another path") from None
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path} has {found:,} bytes, its header says {size:,}: delete it, {make}")
     if known_hash(path, HASH_BYTES) != written:

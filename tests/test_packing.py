@@ -146,7 +146,8 @@ def test_evaluation_set_is_fixed_and_spread(tmp_path, most, batch_size):
 def test_what_is_known_of_a_text_comes_from_meta(tmp_path):
     data = PackedText(counting(tmp_path, 100), "val", 10)
     assert data.bytes_per_token == 3.0 and data.vocab_size == 60000
-    assert (data.sha256, data.tokenizer_sha256) == ("of val", "none")
+    hashes = tuple(sha256_of(tmp_path / "data" / name) for name in ("val.bin", "tokenizer.json"))
+    assert (data.sha256, data.tokenizer_sha256) == hashes
     assert data.tokenizer_folder == data.folder == tmp_path / "data"
 
 
@@ -154,7 +155,8 @@ def test_the_training_split_has_the_other_as_held_out(tmp_path):
     """The whole of it, whatever share is trained on."""
     train = PackedText(counting(tmp_path, 100), "train", 10, share=0.5)
     assert (train.size, train.held_out.size) == (4, 9)
-    assert train.held_out.sha256 == "of val" and train.held_out.held_out is None
+    assert train.held_out.sha256 == sha256_of(tmp_path / "data" / "val.bin")
+    assert train.held_out.held_out is None
 
 
 def test_folder_that_was_not_prepared_is_refused(tmp_path):

@@ -10,13 +10,14 @@ import argparse
 import csv
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dataset import prepare
 from dataset.packing import PackedText
-from files import command_line, lock, new_parser, read_json, unlock
+from files import Finished, command_line, lock, new_parser, read_json, unlock
 from model import load_model
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
@@ -254,4 +255,5 @@ def prepare_data(scale: Scale) -> None:
             for name, value in flags.items():
                 words += [f"--{name}", str(value)]
             print("$ python -m dataset.prepare " + " ".join(words))
-            prepare.main(prepare.parse_args(words))
+            with suppress(Finished):  # by another sweep, while this one waited
+                prepare.main(prepare.parse_args(words))
