@@ -45,7 +45,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args) -> dict:
-    files.check_out(args)
+    files.check_apart(args)
     keep_freed_memory()
     device = choose_device(args.device)
     if args.samples < 1 or not 0 <= args.temperature <= 10:

@@ -102,7 +102,7 @@ def reasoning_lines(args) -> dict[str, list[dict]]:
 
 def main(args) -> None:
     check_ranges(args)
-    files.check_out(args)
+    files.check_apart(args)
     # 1. Text, and which documents are held out.
     if args.text is not None:
         documents = text_files(args.text)

@@ -147,7 +147,7 @@ def parse_args(argv=None):
 def main(args) -> dict:
     check_ranges(args)
     path = args.out = args.out or Path(f"out/{args.method}.cache")
-    files.check_out(args)
+    files.check_apart(args)
     keep_freed_memory()
     device = choose_device(args.device)
     args.dtype = choose_precision(args.dtype, device)

@@ -13,7 +13,7 @@ from .origin import remember_hashes
 held: dict[str, FileLock] = {}
 
 
-def check_out(args, presets=()) -> None:
+def check_apart(args, presets=()) -> None:
     """Raise ValueError where --out is, holds, or lies in what another flag names (but `presets`),
     symlinks followed. Hashes are remembered beside --out from here on."""
     out = Path(args.out).resolve()

@@ -1,7 +1,7 @@
 """Save and load a model as a Hugging Face checkpoint folder.
 
     config.json               sizes and architecture (`ModelConfig.to_json`)
-    manifest.json             sha256 of the weights' file, checked on loading
+    manifest.json             sha256 of the weights' file and of the tokenizer, checked on loading
     model.safetensors         weights under Hugging Face's names; a tied head is not stored
     generation_config.json    which tokens end a turn
     tokenizer.json, ...       copied from where the model's tokenizer lies
@@ -42,15 +42,23 @@ def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | 
         save_file(tensors, temporary, metadata={"format": "pt"})
         # Before the new file takes its place: whichever of the two a crash leaves is known.
         earlier = [file_hash(weights)] if weights.is_file() else []
-        write_json(folder / MANIFEST, {"sha256": [file_hash(temporary), *earlier]})
+        manifest = {"sha256": [file_hash(temporary), *earlier]}
+        if (folder / "tokenizer.json").is_file():
+            manifest["tokenizer_sha256"] = tokenizer_hash(folder)
+        write_json(folder / MANIFEST, manifest)
 
 
 def check_manifest(file: Path) -> None:
-    """Raise ValueError where save_model wrote other bytes: a flipped bit would load unnoticed."""
+    """Raise ValueError where save_model wrote other bytes, or beside another tokenizer: neither
+    would be noticed."""
     manifest = file.parent / MANIFEST
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
-    if known_hash(file) not in read_json(manifest).get("sha256", []):
+    written = read_json(manifest)
+    if written.get("tokenizer_sha256") not in (None, tokenizer_hash(file.parent)):
+        other = f"{file.parent}/tokenizer.json is not the one that these weights were saved with"
+        raise ValueError(f"{other}: copy that back, or train again")
+    if known_hash(file) not in written.get("sha256", []):
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
         raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")
 

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from files import check_out, git_state, hashes
+from files import check_apart, git_state, hashes
 from model import PRESETS, load_for, make_or_load, weights_hash
 from model import device as machine
 from model.checkpoint import checkpoint_files
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, args):
         parallel.start()
         check_flags(args)
-        check_out(args, PRESETS)
+        check_apart(args, PRESETS)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
         machine.prepare_process(args.seed, processes)
         local_rank = int(os.environ["LOCAL_RANK"]) if parallel.world_size() > 1 else None

@@ -242,7 +242,7 @@ CASES = [
     *(
         (command, {"t": ("teacher", put("tokenizer.json", b"{}")), "x.jsonl": GOOD}, said)
         for said in (
-            "the tokenizer of .*/t .*vocabulary 400.* both must use one tokenizer; re-train",
+            "t/tokenizer.json is not the one that these weights were saved with: copy that back",
         )
         for command in (
             f"{DISTILL} {BAD_TEACHER}",

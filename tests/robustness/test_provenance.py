@@ -162,6 +162,7 @@ CHANGES = {
     "the data's tokenizer": lambda: other_tokenizer("data"),
     "the teacher's weights": lambda: save_random("teacher", seed=2),
     "the teacher's config": lambda: other_config("teacher"),
+    "the teacher's tokenizer": lambda: other_tokenizer("teacher"),
     "the student's weights": lambda: save_random("student", seed=3),
     "the student's tokenizer": lambda: other_tokenizer("student"),
     "the conversations": lambda: other_line("data/reason_train.jsonl"),
@@ -179,7 +180,7 @@ CHANGED = "was made from other content: {} has changed .sha256 .* then, .* now.;
 NOT_IN_META = "data/{} is not the one whose sha256 is in meta.json: make it with"
 OTHER = "sample.cache was made with {} .*, here it is .*: (make it again|pass --overwrite)"
 BEGUN = "begun.cache.partial was begun with other flags .*{}.*: use those, pass another --out"
-OF_STUDENT = "tokenizer of (student|teacher) .* both must use one tokenizer"
+SAVED = "{}/tokenizer.json is not the one that these weights were saved with: copy that back"
 OWN = "(its own folder, prepared/, is flipped in the test below)"
 ENTRIES = (*COMMANDS, "reproduce")
 
@@ -217,12 +218,16 @@ CELLS = {
         cache=OTHER.format("teacher_config_sha256"), begun=BEGUN.format("teacher_config_sha256"),
         pretrain=NO_TEACHER, prepare=NO_TEACHER,
     ),
+    "the teacher's tokenizer": files(
+        "teacher/tokenizer.json", pretrain=NO_TEACHER, prepare=NO_TEACHER,
+        **dict.fromkeys((*RUNS[1:], "traces", "cache", "begun"), SAVED.format("teacher")),
+    ),
     "the student's weights": files(
         "student/model.safetensors", cache=NO_STUDENT, begun=NO_STUDENT, traces=NO_STUDENT,
         prepare=NO_STUDENT,
     ),
     "the student's tokenizer": files(
-        "student/tokenizer.json", **dict.fromkeys(RUNS, OF_STUDENT), cache=NO_STUDENT,
+        "student/tokenizer.json", **dict.fromkeys(RUNS, SAVED.format("student")), cache=NO_STUDENT,
         begun=NO_STUDENT, traces=NO_STUDENT, prepare=NO_STUDENT,
     ),
     "the conversations": files(
@@ -283,6 +288,18 @@ def test_a_finished_run_is_not_taken_for_one_of_other_data(world):
     text_of_another_day()
     with pytest.raises(ValueError, match="data/train.bin has changed"):
         run(*COMMANDS["distill"], "--out", "done", "--resume")
+
+
+@pytest.mark.parametrize("entry", RUNS)
+def test_a_student_of_another_tokenizer_is_refused(entry, world):
+    """Of equal size, and with no manifest: a download. (A text is read with the data's tokenizer,
+    conversations with the student's, which is then not the teacher's.)"""
+    other_tokenizer("student")
+    Path("student/manifest.json").unlink()
+    said = "the tokenizer of (student|teacher) .*vocabulary 400.* is not the one of "
+    with pytest.raises(ValueError, match=said + ".*: both must use one tokenizer"):
+        run(*COMMANDS[entry], "--out", "fresh")
+    assert not Path("fresh").exists()
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
