@@ -47,14 +47,6 @@ def source_of(teacher, text) -> dict:
     return {**hashes, "tokenizer_sha256": text.tokenizer_sha256, "seq_len": text.seq_len}
 
 
-def check_header(path, header: dict, wanted: dict, cure: str) -> None:
-    """Raise ValueError naming what differs first."""
-    for name, value in wanted.items():
-        if (made := header.get(name)) != value:
-            differs = f"was made with {name} {str(made)[:12]}, here it is {str(value)[:12]}"
-            raise ValueError(f"{path} {differs}: {cure}")
-
-
 def record_dtype(header: dict) -> np.dtype:
     """The layout of one window; numbers are float16."""
     S, k = header["seq_len"], header["k"]
@@ -100,10 +92,13 @@ class CachedText:
         header, wanted = read_header(path), source_of(teacher_folder, text)
         if header["method"] != "hidden":  # which serves every temperature
             wanted["temperature"] = temperature
-        flags = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
-        flags += f" --temperature {temperature:g} (or --method hidden) --out {path} --overwrite"
-        cure = f"make it again with: python -m dataset.teacher_cache {flags}"
-        check_header(path, header, wanted, cure)
+        for name, value in wanted.items():
+            if (made := header.get(name)) != value:
+                differs = f"was made with {name} {str(made)[:12]}, this run has {str(value)[:12]}"
+                flags = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
+                flags += f" --temperature {temperature:g} (or --method hidden) --overwrite"
+                again = f"python -m dataset.teacher_cache {flags} --out {path}"
+                raise ValueError(f"{path} {differs}: make it again with: {again}")
         if (windows := header["windows"]) < text.size:
             few = f"{path} holds {windows:,} windows, this run needs {text.size:,}"
             raise ValueError(f"{few}: use one --data_share for both")
@@ -165,8 +160,10 @@ def main(args) -> dict:
     }  # fmt: skip
     files.lock(path)
     if path.exists() and not args.overwrite:
-        cure = "pass --overwrite to replace it, or another --out"
-        check_header(path, read_header(path), header, cure)
+        before = read_header(path)
+        if other := [name for name, value in header.items() if before.get(name) != value]:
+            cure = "pass --overwrite to replace it, or another --out"
+            raise ValueError(f"{path} was made with another {', '.join(other)}: {cure}")
         raise files.Finished(f"{path}: finished already")
     write(path, header, teacher, text, device, args.overwrite)
     files.unlock(path)

@@ -389,7 +389,7 @@ def test_temperature(tmp_path, teacher, prepared_folder):
     _, log_probs, _ = cache.take(np.array([3]))
     expected = (load_model(teacher)(ids) / 4).softmax(-1).topk(8).values
     torch.testing.assert_close(log_probs.float().exp(), expected, rtol=1e-2, atol=1e-5)
-    with pytest.raises(ValueError, match="made with temperature 4.0, here it is 1.0: .*hidden"):
+    with pytest.raises(ValueError, match="made with temperature 4.0, this run has 1.0: .*hidden"):
         open_cache(tmp_path / "hot", teacher, prepared_folder, temperature=1.0)
     write(teacher, prepared_folder, tmp_path / "all", "--temperature", 4, "--method", "hidden")
     for temperature in (0.5, 4.0):
@@ -469,7 +469,7 @@ def test_a_finished_cache_is_neither_made_again_nor_lost(tmp_path, teacher, prep
     before = path.read_bytes()
     with pytest.raises(Finished, match="finished already"):
         write(teacher, prepared_folder, path)
-    with pytest.raises(ValueError, match="made with k 8, here it is 9: pass --overwrite"):
+    with pytest.raises(ValueError, match="cache was made with another k: pass --overwrite"):
         write(teacher, prepared_folder, path, "--k", 9)
     assert path.read_bytes() == before
 
@@ -489,7 +489,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, teacher, prepared_folder
     open_cache(path, teacher, prepared_folder, share=0.25)  # a prefix of its windows
     with pytest.raises(ValueError, match="holds .* windows, this run needs .*--data_share"):
         open_cache(path, teacher, prepared_folder)
-    with pytest.raises(ValueError, match="made with seq_len 16, here it is 8"):
+    with pytest.raises(ValueError, match="made with seq_len 16, this run has 8"):
         open_cache(path, teacher, prepared_folder, seq_len=8)
     other = tmp_path / "other"
     save_model(Transformer(ModelConfig.preset("nano", 400)), other, prepared_folder)

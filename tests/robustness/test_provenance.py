@@ -178,7 +178,8 @@ NO_PROMPTS = "(reads no prompts)"
 NO_CACHE = "(reads no cache)"
 CHANGED = "was made from other content: {} has changed .sha256 .* then, .* now.; "
 NOT_IN_META = "data/{} is not the one whose sha256 is in meta.json: make it with"
-OTHER = "sample.cache was made with {} .*, here it is .*: (make it again|pass --overwrite)"
+OTHER = "sample.cache was made with {} .*, this run has .*: make it again with: python -m"
+OTHERS = "sample.cache was made with another .*{}: pass --overwrite to replace it"
 BEGUN = "begun.cache.partial was begun with other flags .*{}.*: use those, pass another --out"
 SAVED = "{}/tokenizer.json is not the one that these weights were saved with: copy that back"
 OWN = "(its own folder, prepared/, is flipped in the test below)"
@@ -199,7 +200,7 @@ def meta(name) -> dict[str, str]:
 
 CELLS = {
     "data prepared again": files(
-        "data/train.bin", cached=OTHER.format("text_sha256"), cache=OTHER.format("text_sha256"),
+        "data/train.bin", cached=OTHER.format("text_sha256"), cache=OTHERS.format("text_sha256"),
         begun=BEGUN.format("text_sha256"), reason=NO_TEXT, traces=NO_TEXT,
         prepare="prepared was prepared with another content: pass --overwrite",
     ),
@@ -210,12 +211,12 @@ CELLS = {
     },
     "the teacher's weights": files(
         "teacher/model.safetensors", cached=OTHER.format("teacher_sha256"),
-        cache=OTHER.format("teacher_sha256"), begun=BEGUN.format("teacher_sha256"),
+        cache=OTHERS.format("teacher_sha256"), begun=BEGUN.format("teacher_sha256"),
         pretrain=NO_TEACHER, prepare=NO_TEACHER,
     ),
     "the teacher's config": files(
         "teacher/config.json", cached=OTHER.format("teacher_config_sha256"),
-        cache=OTHER.format("teacher_config_sha256"), begun=BEGUN.format("teacher_config_sha256"),
+        cache=OTHERS.format("teacher_config_sha256"), begun=BEGUN.format("teacher_config_sha256"),
         pretrain=NO_TEACHER, prepare=NO_TEACHER,
     ),
     "the teacher's tokenizer": files(
