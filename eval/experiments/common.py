@@ -134,8 +134,10 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def inputs_of(row: dict) -> list[tuple[str, str]]:
-    """What a row's run was made from: "--data out/data" and the first digits of its hash, ..."""
+    """What a row was made from: "--data out/data" and the first digits of its hash, ..."""
     words, found = shlex.split(row.get("command", "")), []
+    if row.get("problems_sha256"):
+        found.append(("test problems", row["problems_sha256"]))
     for flag, column in (("--data", "data_sha256"), ("--teacher", "teacher_sha256")):
         if flag in words and row.get(column):  # earlier versions wrote no hashes
             found.append((f"{flag} {words[words.index(flag) + 1]}", row[column]))

@@ -184,6 +184,17 @@ def test_others_files_are_not_touched(entry, world):
         PackedText("theirs", "train", 8) if entry == "prepare" else load_model("theirs")
 
 
+def test_answers_replace_no_file_of_others(world):
+    words = ["--model", "teacher", "--problems", "prompts.jsonl", "--out"]
+    Path("letter.txt").write_text("Dear")
+    before = snapshot(world)
+    with pytest.raises(ValueError, match="letter.txt exists: pass --overwrite"):
+        run(reasoning, *words, "letter.txt")
+    with pytest.raises(ValueError, match="would write where --problems prompts.jsonl is read"):
+        run(reasoning, *words, "prompts.jsonl", "--overwrite")
+    assert snapshot(world) == before
+
+
 def test_a_report_replaces_only_a_report(tmp_path):
     (tmp_path / "README.md").write_text("# My project\n")
     with pytest.raises(ValueError, match=CELLS["others' files are there"]["reproduce"]):

@@ -328,11 +328,12 @@ def test_a_sweep_goes_on_where_inputs_were_deleted(world):
 
 def test_rows_of_one_table_are_of_one_data(world):
     made = {"arm": "a", "seed": 0, "data_sha256": "0" * 12, "teacher_sha256": "1" * 12}
+    made["problems_sha256"] = "3" * 12
     made["command"] = "python train_distillation.py --teacher t --data d --out x"
     append_rows(Path("x.csv"), [made])
     append_rows(Path("x.csv"), [{**made, "seed": 1}])
-    for column in ("data_sha256", "teacher_sha256"):
-        with pytest.raises(ValueError, match="x.csv has rows made with --[dt].* move that file"):
+    for column in ("data_sha256", "teacher_sha256", "problems_sha256"):
+        with pytest.raises(ValueError, match="x.csv has rows made with .* move that file"):
             append_rows(Path("x.csv"), [{**made, "seed": 2, column: "2" * 12}])
     with open("x.csv", newline="") as file:
         assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1"]
