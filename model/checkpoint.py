@@ -55,7 +55,8 @@ def check_manifest(file: Path) -> None:
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
     written = read_json(manifest)
-    if written.get("tokenizer_sha256") not in (None, tokenizer_hash(file.parent)):
+    tokenizer = written.get("tokenizer_sha256")  # None of a model that has none
+    if tokenizer is not None and tokenizer != tokenizer_hash(file.parent):
         other = f"{file.parent}/tokenizer.json is not the one that these weights were saved with"
         raise ValueError(f"{other}: copy that back, or train again")
     if known_hash(file) not in written.get("sha256", []):
