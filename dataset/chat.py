@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from files import file_hash, tokenizer_hash
+from files import known_hash, tokenizer_hash
 
 from .packing import epoch_order
 from .sources import read_jsonl
@@ -135,7 +135,8 @@ class ChatData:
         self.lengths = np.array([len(ids) for ids, _ in self.examples])
         self.held_out = None
         if split == "train":
-            self.sha256, self.tokenizer_sha256 = file_hash(path), tokenizer_hash(tokenizer_folder)
+            self.sha256, self.tokenizer_sha256 = known_hash(path), tokenizer_hash(tokenizer_folder)
+            self.files = [path, f"{tokenizer_folder}/tokenizer.json"]
         if split == "train" and val_share > 0:
             options = (max_len, val_share, answers_only, skip_bad)
             self.held_out = ChatData(path, tokenizer_folder, "val", *options)

@@ -5,7 +5,8 @@
 
 The student then learns from the teacher's words alone (sequence-level distillation: Kim & Rush
 2016, 1606.07947). --keep verified keeps a trace if its answer is the problem's, --keep all any;
---samples > 1 gives every problem several tries. A second call resumes after the last whole chunk.
+--samples > 1 gives every problem several tries. A second call resumes after the last whole chunk,
+if teacher and prompts are still the same.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import files
 from files import command_line
 from files.progress import progress_bar
 from model import load_model
+from model.checkpoint import checkpoint_files
 from model.device import choose_device, keep_freed_memory
 
 from .problems import check_response
@@ -38,10 +40,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--keep", choices=("verified", "all"), default="verified", help="which traces")
     add("--seed", type=int, default=0, help="of sampling, 0 or more")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--overwrite", action="store_true", help="replace the traces in --out")
     return parser.parse_args(argv)
 
 
 def main(args) -> dict:
+    files.check_apart(args)
     keep_freed_memory()
     device = choose_device(args.device)
     if args.samples < 1 or not 0 <= args.temperature <= 10:
@@ -52,9 +56,12 @@ def main(args) -> dict:
     problems = read_problems(args.prompts)
     teacher, tokenizer = load_model(args.teacher, device), load_tokenizer(args.teacher)
     files.lock(args.out)
-    options = {k: str(v) for k, v in vars(args).items() if k not in ("out", "device")}
-    options["tokenizer"] = files.tokenizer_hash(args.teacher)
-    out = files.GrowingFile(args.out, options, problems=0, written=0, kept=0)
+    left_out, finished = ("out", "device", "overwrite"), Path(f"{args.out}.finished.json")
+    options = {k: str(v) for k, v in vars(args).items() if k not in left_out}
+    options["made_from"] = files.hashes(*checkpoint_files(args.teacher), args.prompts)
+    if args.overwrite:
+        finished.unlink(missing_ok=True)
+    out = files.GrowingFile(args.out, options, args.overwrite, problems=0, written=0, kept=0)
     tries, done = (args.samples * count for count in (len(problems), out.record["problems"]))
     with out.file, progress_bar(tries, args.out.name, done, unit="trace") as bar:
         while (first := out.record["problems"]) < len(problems):
@@ -68,8 +75,10 @@ def main(args) -> dict:
     kept, written = counts["kept"], counts["written"]
     print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / max(1, written):.1%})")
     if not kept:
+        args.out.unlink()  # or what the advice says would find it in its way
+        out.record_path.unlink()
         raise ValueError(f"no trace of {args.teacher} passed: train it longer, or use --keep all")
-    files.write_json(f"{args.out}.finished.json", {"args": options, **counts})
+    files.write_json(finished, {"args": options, **counts})
     files.unlock(args.out)
     return counts
 

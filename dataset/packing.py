@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_path, read_json
+from files import atomic_path, known_hash, read_json
 
 
 def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id: int) -> dict:
@@ -36,7 +36,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 class PackedText:
     """One split ("train" or "val") of a prepared data folder, as windows of seq_len tokens. share
     (above 0 to 1): of the stream, its first part. The training split has the other as `held_out`.
-    Raises ValueError for a folder that is not prepared, or holds no window."""
+    Raises ValueError for a folder that is not prepared, is no longer what was prepared, or holds no
+    window."""
 
     padded = False
 
@@ -47,7 +48,7 @@ class PackedText:
         make = f"make it with: python -m dataset.prepare --out {folder}"
         if not about.is_file():
             raise ValueError(f"no prepared data in '{folder}': {make}")
-        meta = read_json(about)
+        meta, make = read_json(about), f"{make} --overwrite, and the flags it had"
         try:
             dtype, tokens = np.dtype(meta[split]["dtype"]), meta[split]["tokens"]
             self.bytes_per_token = meta[split]["bytes"] / tokens
@@ -57,12 +58,17 @@ class PackedText:
             raise ValueError(f"{about} is damaged ({error}): {make}") from None
         if not path.is_file() or path.stat().st_size != tokens * dtype.itemsize:
             raise ValueError(f"{path} does not hold the {tokens} tokens of meta.json: {make}")
+        self.files = [path, self.folder / "tokenizer.json"]
+        for file, digest in zip(self.files, (self.sha256, self.tokenizer_sha256), strict=True):
+            if not file.is_file() or known_hash(file) != digest:
+                raise ValueError(f"{file} is not the one whose sha256 is in meta.json: {make}")
         self.stream = np.memmap(path, dtype=dtype, mode="r")
         self.size = int((len(self.stream) - 1) // seq_len * share)
         if self.size < 1:
             less = f"a share of {share} is less than one window of {seq_len}: lower --seq_len"
             raise ValueError(f"{path} holds {len(self.stream)} tokens, of which {less}")
         self.held_out = PackedText(folder, "val", seq_len) if split == "train" else None
+        self.files += self.held_out.files if self.held_out else []
 
     def window_ids(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """Which windows make up the batch of `step`: (batch_size,)."""

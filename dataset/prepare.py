@@ -13,17 +13,21 @@ It writes to --out:
     reason_train.jsonl                      problems with gold traces, 1-4 steps
     reason_prompts.jsonl                    other problems without traces, for make_traces
     reason_test.jsonl                       held-out problems, 1-5 steps (5 is never trained)
+
+A call that fails leaves what was there before; meta.json also says what all was made from.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 import files
-from files import check_ranges, command_line, new_parser, write_json
+from files import check_ranges, command_line, new_parser, read_json, write_json
+from files.atomic import atomic_folder
 
 from .chat import check_conversation, gsm8k_conversation, held_out
-from .packing import write_stream
+from .packing import PackedText, write_stream
 from .problems import ANSWER, TIERS, Problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
@@ -38,6 +42,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--reason", type=Path, help="your own traces: r1-style conversations, or GSM8K lines")
     add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
     add("--out", type=Path, default=Path("out/data"), help="folder to write")
+    add("--overwrite", action="store_true", help="replace what was prepared in --out")
     add("--cache", type=Path, default=Path("out/cache"), help="folder for downloaded text")
     add("--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one")
     add("--vocab_size", type=int, default=2048, help="tokens, 263 or more")
@@ -97,6 +102,7 @@ def reasoning_lines(args) -> dict[str, list[dict]]:
 
 def main(args) -> None:
     check_ranges(args)
+    files.check_apart(args)
     # 1. Text, and which documents are held out.
     if args.text is not None:
         documents = text_files(args.text)
@@ -105,33 +111,50 @@ def main(args) -> None:
     else:
         documents = shakespeare(args.cache)
     training, validation = split_documents(documents, args.val_share)
-    # 2. Reasoning problems. From here on files change: without meta.json the folder is not whole.
+    # 2. Reasoning problems; and is it made already?
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
-    files.lock(args.out, wait=True)  # a second call makes the same files after the first
-    (args.out / "meta.json").unlink(missing_ok=True)
-    for split, lines in reasoning.items():
-        with files.atomic_path(args.out / f"reason_{split}.jsonl") as temporary:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            temporary.write_text(text, "utf-8")
-    # 3. One tokenizer for both. Held-out text is not read.
     if tokenizer is not None:
-        files.copy_tokenizer(args.tokenizer, args.out)
-    else:
-        lines = reasoning["train"][:5000]
-        traces = [turn["content"] for value in lines for turn in value["conversations"]]
-        tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
-        save_tokenizer(tokenizer, args.out)
-    # 4. Token streams.
-    end, size = special_id(tokenizer, "<|endoftext|>"), tokenizer.get_vocab_size()
-    about = {"vocab_size": size, "tokenizer_sha256": files.tokenizer_hash(args.out)}
-    for split, texts in (("train", training), ("val", validation)):
-        path, count = args.out / f"{split}.bin", sum(len(text.encode("utf-8")) for text in texts)
-        about[split] = write_stream(path, encode_all(tokenizer, texts), size, end)
-        about[split] |= {"bytes": count, "documents": len(texts), "sha256": files.file_hash(path)}
-    if size < args.vocab_size and args.tokenizer is None:
-        print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
-    write_json(args.out / "meta.json", about)
+        special_id(tokenizer, "<|endoftext|>")  # raises without
+    made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
+    made_from["tokenizer"] = args.tokenizer and files.tokenizer_hash(args.tokenizer)
+    content = json.dumps([documents, reasoning]).encode("ascii")
+    made_from["content"] = hashlib.sha256(content).hexdigest()
+    files.lock(args.out, wait=True)  # of two calls the second finds it prepared
+    files.check_free(args.out, ("meta.json", "new"), args.overwrite)
+    if (args.out / "meta.json").is_file() and not args.overwrite:
+        PackedText(args.out, "train", 1)  # raises where it is damaged
+        before = read_json(args.out / "meta.json").get("made_from", {})
+        if other := [name for name, value in made_from.items() if before.get(name) != value]:
+            cure = "pass --overwrite to replace it, or another --out"
+            raise ValueError(f"{args.out} was prepared with another {', '.join(other)}: {cure}")
+        raise files.Finished(f"{args.out}: prepared already, from the same text and flags")
+    with atomic_folder(args.out, last="meta.json") as out:
+        for split, lines in reasoning.items():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            with files.atomic_path(out / f"reason_{split}.jsonl") as temporary:
+                temporary.write_text(text, "utf-8")
+        # 3. One tokenizer for both. Held-out text is not read.
+        if tokenizer is not None:
+            files.copy_tokenizer(args.tokenizer, out)
+        else:
+            lines = reasoning["train"][:5000]
+            traces = [turn["content"] for value in lines for turn in value["conversations"]]
+            tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
+            save_tokenizer(tokenizer, out)
+        # 4. Token streams.
+        end, size = special_id(tokenizer, "<|endoftext|>"), tokenizer.get_vocab_size()
+        about = {"vocab_size": size, "tokenizer_sha256": files.tokenizer_hash(out)}
+        for split, texts in (("train", training), ("val", validation)):
+            path, count = out / f"{split}.bin", sum(len(text.encode("utf-8")) for text in texts)
+            about[split] = write_stream(path, encode_all(tokenizer, texts), size, end)
+            about[split] |= {"bytes": count, "documents": len(texts)}
+            about[split]["sha256"] = files.file_hash(path)
+        if size < args.vocab_size and args.tokenizer is None:
+            print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
+        write_json(out / "meta.json", {**about, "made_from": made_from})
+    if args.tokenizer is not None and not (args.tokenizer / "tokenizer_config.json").is_file():
+        (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of the one before
     files.unlock(args.out)
     train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
     problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())

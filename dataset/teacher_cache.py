@@ -1,10 +1,10 @@
 """Pay the teacher once: write what it says about every training window to a file, and read it.
 
-    python -m dataset.teacher_cache --teacher out/teacher          # writes out/teacher/sample.cache
+    python -m dataset.teacher_cache --teacher out/teacher          # writes out/sample.cache
     python -m methods.cached_teacher                               # a student that learns from it
 
-The file is a JSON header of 4,096 bytes, then a record per window of S tokens, of what --method
-keeps:
+The file is a JSON header of 4,096 bytes, a record per window of S tokens, of what --method keeps,
+and the sha256 of all that, 32 bytes:
 
     hidden    hidden (S, E)                        logits = hidden @ head.T, at every temperature
     topk      ids, log_probs (S, k), rest (S)      rest: log of the other tokens' mass
@@ -16,6 +16,7 @@ A call that was stopped resumes. Shapes: B batch, S sequence, V vocabulary, E wi
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import files
 from distill.sparse import sample, top_k
-from files import check_ranges, command_line, new_parser
+from files import check_ranges, command_line, known_hash, new_parser
 from files.atomic import move
 from files.progress import progress_bar
 from model import load_for, weights_hash
@@ -33,7 +34,7 @@ from model.device import autocast, choose_device, choose_precision, keep_freed_m
 
 from .packing import PackedText
 
-HEADER_BYTES = 4096
+HEADER_BYTES, HASH_BYTES = 4096, 32
 METHODS = ("topk", "sample", "hidden")
 SIZES = ("windows", "seq_len", "k", "vocab_size", "teacher_width")
 ROWS = 32  # windows of one teacher pass
@@ -42,6 +43,7 @@ SYNCED = 64 * ROWS  # windows between two syncs to the disk
 
 def source_of(teacher, text) -> dict:
     hashes = {"teacher_sha256": weights_hash(teacher), "text_sha256": text.sha256}
+    hashes["teacher_config_sha256"] = known_hash(Path(teacher) / "config.json")
     return {**hashes, "tokenizer_sha256": text.tokenizer_sha256, "seq_len": text.seq_len}
 
 
@@ -62,6 +64,8 @@ def read_header(path) -> dict:
         raise ValueError(f"no teacher cache in '{path}': {make}")
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
+        file.seek(max(0, path.stat().st_size - HASH_BYTES))
+        written = file.read(HASH_BYTES).hex()
     try:
         header = json.loads(raw.decode("ascii"))
         if header["method"] not in METHODS:
@@ -70,11 +74,13 @@ def read_header(path) -> dict:
             least = {"windows": 0, "k": int(header["method"] != "hidden")}.get(name, 1)
             if type(header[name]) is not int or not least <= header[name] <= 10**12:
                 raise ValueError(f"{name} {header[name]!r}")
-        size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize
+        size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize + HASH_BYTES
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a teacher cache ({error}): {make}") from None
+        raise ValueError(f"{path} is not a teacher cache ({error}): pass another path") from None
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path} has {found:,} bytes, its header says {size:,}: delete it, {make}")
+    if known_hash(path, HASH_BYTES) != written:
+        raise ValueError(f"{path} is damaged: its bytes are not those written; delete it, {make}")
     return header
 
 
@@ -90,13 +96,13 @@ class CachedText:
             if (made := header.get(name)) != value:
                 differs = f"was made with {name} {str(made)[:12]}, this run has {str(value)[:12]}"
                 flags = f"--teacher {teacher_folder} --data {text.folder} --seq_len {text.seq_len}"
-                flags += f" --temperature {temperature:g} (or --method hidden)"
-                again = f"make another with: python -m dataset.teacher_cache {flags}"
-                raise ValueError(f"{path} {differs}: {again}")
+                flags += f" --temperature {temperature:g} (or --method hidden) --overwrite"
+                again = f"python -m dataset.teacher_cache {flags} --out {path}"
+                raise ValueError(f"{path} {differs}: make it again with: {again}")
         if (windows := header["windows"]) < text.size:
             few = f"{path} holds {windows:,} windows, this run needs {text.size:,}"
             raise ValueError(f"{few}: use one --data_share for both")
-        self.text, self.method = text, header["method"]
+        self.text, self.method, self.files = text, header["method"], [*text.files, path]
         self.records = np.memmap(path, record_dtype(header), "r", HEADER_BYTES, (windows,))
 
     def __getattr__(self, name: str):
@@ -120,7 +126,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--teacher", default="out/teacher", help="checkpoint folder")
     add("--data", default="out/data", help="folder made by dataset.prepare")
-    add("--out", type=Path, help="file to write [TEACHER/METHOD.cache]")
+    add("--out", type=Path, help="file to write [out/METHOD.cache]")
+    add("--overwrite", action="store_true", help="replace the file in --out")
     add("--method", choices=METHODS, default="sample", help="what to keep")
     add("--k", type=int, default=64, help="of topk and sample: tokens to keep, 1 or more")
     add("--temperature", type=float, default=1.0, help="T of topk and sample")
@@ -134,6 +141,8 @@ def parse_args(argv=None):
 
 def main(args) -> dict:
     check_ranges(args)
+    path = args.out = args.out or Path(f"out/{args.method}.cache")
+    files.check_apart(args)
     keep_freed_memory()
     device = choose_device(args.device)
     args.dtype = choose_precision(args.dtype, device)
@@ -143,28 +152,29 @@ def main(args) -> dict:
     if sparse and args.k > text.vocab_size:
         raise ValueError(f"--k {args.k} must be between 1 and the vocabulary, {text.vocab_size}")
     header = {
-        "format": "minidistill teacher cache 2", "method": args.method, "dtype": args.dtype,
+        "format": "minidistill teacher cache 3", "method": args.method, "dtype": args.dtype,
         "k": args.k if sparse else 0, "temperature": args.temperature if sparse else 1.0,
         "seed": args.seed if args.method == "sample" else 0, "windows": text.size,
         "vocab_size": text.vocab_size, "teacher_width": teacher.config.hidden_size,
         **source_of(args.teacher, text),
     }  # fmt: skip
-    path = args.out or Path(args.teacher) / f"{args.method}.cache"
     files.lock(path)
-    if path.exists() and read_header(path) == header:
+    if path.exists() and not args.overwrite:
+        before = read_header(path)
+        if other := [name for name, value in header.items() if before.get(name) != value]:
+            cure = "pass --overwrite to replace it, or another --out"
+            raise ValueError(f"{path} was made with another {', '.join(other)}: {cure}")
         raise files.Finished(f"{path}: finished already")
-    if path.exists():
-        raise ValueError(f"{path} holds another cache: delete it or pass another --out")
-    write(path, header, teacher, text, device)
+    write(path, header, teacher, text, device, args.overwrite)
     files.unlock(path)
     return header
 
 
-def write(path: Path, header: dict, teacher, text, device) -> None:
+def write(path: Path, header: dict, teacher, text, device, overwrite: bool) -> None:
     """Run the teacher over all windows; raises ValueError for too small a disk."""
     layout, last = record_dtype(header), header["windows"]
     partial = path.with_name(path.name + ".partial")
-    growing = files.GrowingFile(partial, header, windows=0)
+    growing = files.GrowingFile(partial, header, overwrite, windows=0)
     first = growing.record["windows"]
     with growing.file as file, progress_bar(last, path.name, first, unit="window") as bar:
         size = (last - first) * layout.itemsize / 1e6
@@ -186,6 +196,10 @@ def write(path: Path, header: dict, teacher, text, device) -> None:
             end = start + len(windows)
             if end % SYNCED == 0 or end == last:
                 growing.commit(windows=end)
+    with open(partial, "ab") as file:  # stopped here, a call cuts it off and does it again
+        file.write(bytes.fromhex(files.file_hash(partial)))
+        file.flush()
+        os.fsync(file.fileno())
     move(partial, path)
     growing.record_path.unlink()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from dataset.problems import check_response
 from dataset.replies import read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer, special_id
-from files import atomic_path, command_line, new_parser
+from files import atomic_path, check_apart, command_line, new_parser
 from model import load_model
 from model.device import choose_device, keep_freed_memory
 
@@ -79,6 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=None, help="jsonl of answers [MODEL/answers.jsonl]"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
@@ -86,6 +87,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     keep_freed_memory()
     answers = args.out or Path(args.model) / "answers.jsonl"
+    folder = Path(args.model)
+    if args.out is None and folder.is_dir() and not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a model that was trained here: name a file with --out")
+    if args.out is not None:
+        check_apart(args)
+        if args.out.exists() and not args.overwrite:
+            raise ValueError(f"{args.out} exists: pass --overwrite to replace it, or another --out")
     table = evaluate_reasoning(args.model, args.problems, answers, choose_device(args.device))
     print(
         f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"

@@ -58,6 +58,15 @@ def arms_table(results: Path, names: tuple, columns: dict[str, tuple]) -> str:
     return table(["experiment", "arm", "seeds", *columns], lines)
 
 
+def check_report(results: Path, scale) -> Path:
+    """RESULTS/README.md. Raises ValueError where that is not this preset's report."""
+    path = Path(results) / "README.md"
+    title = f"# Results of preset `{scale.name}`"
+    if path.exists() and not path.read_text("utf-8").startswith(title):
+        raise ValueError(f"{path} is not a report of this preset: pass another --results")
+    return path
+
+
 def write_report(results: Path, scale) -> str:
     """Write RESULTS/README.md; returns its tables and what the models wrote."""
     tables = arms_table(results, TEXT, TEXT_COLUMNS)
@@ -83,6 +92,6 @@ def write_report(results: Path, scale) -> str:
         "## What they write",
         written,
     ]
-    with atomic_path(Path(results) / "README.md") as temporary:
+    with atomic_path(check_report(results, scale)) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", "utf-8")
     return f"{tables}\n\n{written}"

@@ -25,7 +25,7 @@ from eval.experiments import (
     temperature,
 )
 from eval.experiments.common import prepare_data, preset_args, run_experiments
-from eval.report import write_report
+from eval.report import check_report, write_report
 from files import command_line
 
 
@@ -36,6 +36,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     started = time.perf_counter()
     scale, results = args.scale, args.results
+    check_report(results, scale)
     prepare_data(scale)
     # One pool for all runs. First those that others wait for, and the longest; last those whose row
     # is theirs already: a plain student's is measured beside the teacher, after its run.

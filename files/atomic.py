@@ -6,6 +6,7 @@ or a run that resumes after a crash, sees the old content or the new, never half
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,6 +37,25 @@ def atomic_path(path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written ({reason}): {cure}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+    """`with atomic_folder(f, last) as new:` the files of `new`, f/new, replace those of the same
+    names in `f` if nothing failed. The one named `last` does so last: without it `f` is not whole,
+    and as long as there is f/new, it is ours."""
+    new = folder / "new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    (folder / last).unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+        move(path, folder / path.name)
+    new.rmdir()
 
 
 def move(source: Path, target: Path) -> None:
@@ -73,12 +93,13 @@ def parse_json(text: bytes, where) -> dict:
     return value
 
 
-def file_hash(path) -> str:
-    """sha256 of a file, read in blocks."""
+def file_hash(path, size: float = math.inf) -> str:
+    """sha256 of the first `size` bytes of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
+        while block := file.read(min(1 << 24, size)):
             digest.update(block)
+            size -= len(block)
     return digest.hexdigest()
 
 

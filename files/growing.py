@@ -4,23 +4,31 @@ import os
 from pathlib import Path
 
 from .atomic import read_json, write_json
+from .origin import check_unchanged
 
 
 class GrowingFile:
     """`file`, open to append to, and NAME.progress.json beside it: of which `options` the file is
-    made, how many of its bytes are whole, and the caller's counts. Raises ValueError where another
-    file stands in the way."""
+    made (options["made_from"]: of which files), how many of its bytes are whole, and the caller's
+    counts. Raises ValueError where another file stands in the way, unless it is to `overwrite`."""
 
-    def __init__(self, path: Path, options: dict, **counts: int):
+    def __init__(self, path: Path, options: dict, overwrite: bool = False, **counts: int):
         self.record_path = path.with_name(f"{path.name}.progress.json")
         self.record = new = {"options": options, **counts, "bytes": 0}
+        if overwrite:
+            path.unlink(missing_ok=True)
+            self.record_path.unlink(missing_ok=True)
+        cure = "pass another --out, or --overwrite to replace it"
         if path.exists() and not self.record_path.is_file():
-            raise ValueError(f"{path} exists and is not a file to go on with: pass another --out")
+            raise ValueError(f"{path} exists and is not a file to go on with: {cure}")
         if path.exists():
             self.record = read_json(self.record_path)
-        if self.record.keys() != new.keys() or self.record["options"] != options:
-            other = f"{path} was begun with other flags ({self.record.get('options')})"
-            raise ValueError(f"{other}: use those, or another --out")
+            before = self.record.get("options")
+            before = before if isinstance(before, dict) else {}
+            check_unchanged(before.get("made_from", {}), path, cure)
+            if self.record.keys() != new.keys() or before != options:
+                other = {k: v for k, v in before.items() if options.get(k) != v}
+                raise ValueError(f"{path} was begun with other flags ({other}): use those, {cure}")
         if path.exists() and (size := path.stat().st_size) < self.record["bytes"]:
             short = f"{path} has {size:,} bytes, its record says {self.record['bytes']:,}"
             raise ValueError(f"{short}: delete it, and the same command makes it again")

@@ -1,4 +1,5 @@
-"""Locks: two processes never write one run's folder, or one growing file, at the same time.
+"""Whose a place is: a command writes into what it made itself, into anything else that exists only
+if it is told to, and never into what it reads. Two processes never write one place at a time.
 
 The system gives a lock back when its process ends, even by SIGKILL.
 """
@@ -7,7 +8,32 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .origin import remember_hashes
+
 held: dict[str, FileLock] = {}
+
+
+def check_apart(args, presets=()) -> None:
+    """Raise ValueError where --out is, holds, or lies in what another flag names (but `presets`),
+    symlinks followed. Hashes are remembered beside --out from here on."""
+    out = Path(args.out).resolve()
+    for name, value in vars(args).items():
+        is_path = name != "out" and isinstance(value, (str, Path)) and str(value) not in presets
+        if is_path and value and Path(value).exists():
+            read = Path(value).resolve()
+            if out == read or out in read.parents or read in out.parents:
+                place = f"--out {args.out} would write where --{name} {value} is read"
+                raise ValueError(f"{place}: pass an --out outside of it")
+    remember_hashes(out.parent)
+
+
+def check_free(folder: Path, ours: tuple[str, ...], overwrite: bool) -> None:
+    """Raise ValueError where `folder` holds files, but none of the names in `ours`, one of which is
+    in each folder of this command."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and names.isdisjoint(ours) and not overwrite:
+        others = f"{folder} holds files that this command did not make ({min(names)})"
+        raise ValueError(f"{others}: pass another --out, or --overwrite to write among them")
 
 
 class Locked(ValueError):
@@ -15,7 +41,9 @@ class Locked(ValueError):
 
 
 def lock_path(path) -> str:
-    return str((Path(path).parent / f".{Path(path).name}.lock").resolve())
+    """One file for all paths to one place, symlinks included."""
+    path = Path(path).resolve()
+    return str(path.with_name(f".{path.name}.lock"))
 
 
 def lock(path, wait: bool = False) -> None:
@@ -23,7 +51,7 @@ def lock(path, wait: bool = False) -> None:
     is free. Raises Locked, a ValueError, where another process has it."""
     name = lock_path(path)
     if name not in held:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         taken = FileLock(name)
         try:
             taken.acquire(timeout=-1 if wait else 0)

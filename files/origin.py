@@ -1,7 +1,52 @@
-"""Where a result comes from: the commit of this code."""
+"""What a result was made from: the sha256 of every file that was read, and the commit of this code.
+
+A hash is computed once, and again only where a file's size or one of its times has changed. Those
+of large files outlive the process, in .hashes.json beside the outputs.
+"""
 
 import subprocess
+from contextlib import suppress
 from pathlib import Path
+
+from .atomic import file_hash, read_json, write_json
+
+LARGE = 1 << 26  # bytes: what is smaller is hashed in a tenth of a second
+known: dict[str, str] = {}  # path, size and times of a file: sha256
+memory: Path | None = None
+
+
+def remember_hashes(folder: Path) -> None:
+    """Share hashes with later processes that write to `folder` too."""
+    global memory
+    memory = folder / ".hashes.json"
+    with suppress(ValueError, OSError):  # none yet, or damaged: they are computed again
+        known.update(read_json(memory))
+
+
+def known_hash(path, tail: int = 0) -> str:
+    """sha256 of a file, without its last `tail` bytes."""
+    about = Path(path).stat()
+    size, times = about.st_size - tail, (about.st_mtime_ns, about.st_ctime_ns)
+    key = f"{Path(path).resolve()}: {size} bytes, {times}"
+    if key not in known:
+        known[key] = file_hash(path, size)
+        if size >= LARGE and memory is not None:
+            write_json(memory, known)
+    return known[key]
+
+
+def hashes(*paths) -> dict[str, str]:
+    """What something is made from, as it is recorded: path -> sha256."""
+    return {str(Path(path)): known_hash(path) for path in paths}
+
+
+def check_unchanged(made_from: dict[str, str], what, cure: str) -> None:
+    """Raise ValueError naming the first file that is not what `what` was made from."""
+    for path, before in made_from.items():
+        now = known_hash(path) if Path(path).is_file() else "no such file"
+        if now != before:
+            differs = f"{path} has changed (sha256 {before[:12]} then, {now[:12]} now)"
+            raise ValueError(f"{what} was made from other content: {differs}; {cure}")
 
 
 def git_state() -> dict:

@@ -12,8 +12,8 @@ average (2503.16870), hidden is exact. KL points to the student; means are over 
 -100. Charged: nothing of the teacher. Trap: float16 probabilities do not sum to 1.
 
     python -m dataset.teacher_cache && python -m methods.cached_teacher
-    python -m dataset.teacher_cache --method topk --k 8                 # out/teacher/topk.cache
-    python -m methods.cached_teacher --teacher_cache out/teacher/topk.cache --no_tail --out out/topk
+    python -m dataset.teacher_cache --method topk --k 8                 # writes out/topk.cache
+    python -m methods.cached_teacher --teacher_cache out/topk.cache --no_tail --out out/topk
 
 Judged on text: success is within 0.01 nats of the live teacher (eval/experiments/cache.py).
 Shapes: B batch, S sequence, V vocabulary, k kept tokens.
@@ -64,7 +64,7 @@ def compute_loss(student_logits, labels, method: str, kept, temperature: float, 
 
 def parse_args(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--teacher_cache", help="what it wrote [TEACHER/sample.cache]")
+    parser.add_argument("--teacher_cache", default="out/sample.cache", help="what it wrote")
     parser.add_argument("--no_tail", action="store_true", help="of a topk file: only its k tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="T, 0.001 to 1000")
     parser.add_argument("--alpha", type=float, default=0.5, help="0 (teacher) to 1 (labels)")
@@ -80,8 +80,7 @@ def main(args) -> dict:
     run = Run(args)
     text = PackedText(args.data, "train", args.seq_len, args.data_share)
     teacher = run.teacher(args.teacher, text)  # for its head, and to evaluate beside it
-    path = args.teacher_cache or f"{args.teacher}/sample.cache"
-    text = CachedText(text, path, args.teacher, args.temperature)
+    text = CachedText(text, args.teacher_cache, args.teacher, args.temperature)
     method = "tail" if text.method == "topk" and not args.no_tail else text.method
     student, T, alpha = run.student(args.student, text), args.temperature, args.alpha
     run.optimize(student)

@@ -1,7 +1,7 @@
 """Save and load a model as a Hugging Face checkpoint folder.
 
     config.json               sizes and architecture (`ModelConfig.to_json`)
-    manifest.json             sha256 of the weights' file, checked on loading
+    manifest.json             sha256 of the weights' file and of the tokenizer, checked on loading
     model.safetensors         weights under Hugging Face's names; a tied head is not stored
     generation_config.json    which tokens end a turn
     tokenizer.json, ...       copied from where the model's tokenizer lies
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from files import atomic_path, copy_tokenizer, file_hash, read_json, tokenizer_hash, write_json
+from files.origin import known_hash
 
 from .config import PRESETS, ModelConfig
 from .transformer import Transformer
@@ -41,23 +42,38 @@ def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | 
         save_file(tensors, temporary, metadata={"format": "pt"})
         # Before the new file takes its place: whichever of the two a crash leaves is known.
         earlier = [file_hash(weights)] if weights.is_file() else []
-        write_json(folder / MANIFEST, {"sha256": [file_hash(temporary), *earlier]})
+        manifest = {"sha256": [file_hash(temporary), *earlier]}
+        if (folder / "tokenizer.json").is_file():
+            manifest["tokenizer_sha256"] = tokenizer_hash(folder)
+        write_json(folder / MANIFEST, manifest)
 
 
 def check_manifest(file: Path) -> None:
-    """Raise ValueError where save_model wrote other bytes: a flipped bit would load unnoticed."""
+    """Raise ValueError where save_model wrote other bytes, or beside another tokenizer: neither
+    would be noticed."""
     manifest = file.parent / MANIFEST
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
-    if file_hash(file) not in read_json(manifest).get("sha256", []):
+    written = read_json(manifest)
+    tokenizer = written.get("tokenizer_sha256")  # None of a model that has none
+    if tokenizer is not None and tokenizer != tokenizer_hash(file.parent):
+        other = f"{file.parent}/tokenizer.json is not the one that these weights were saved with"
+        raise ValueError(f"{other}: copy that back, or train again")
+    if known_hash(file) not in written.get("sha256", []):
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
         raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")
 
 
 def weights_hash(folder) -> str:
     """sha256 of a checkpoint's weights: of its one file, or of its shards' hashes together."""
-    first, *more = [file_hash(path) for path in weight_files(Path(folder))]
+    first, *more = [known_hash(path) for path in weight_files(Path(folder))]
     return hashlib.sha256("".join([first, *more]).encode("ascii")).hexdigest() if more else first
+
+
+def checkpoint_files(folder) -> list[Path]:
+    """What a model depends on: its weights, config.json and tokenizer.json."""
+    folder = Path(folder)
+    return [*weight_files(folder), folder / "config.json", folder / "tokenizer.json"]
 
 
 def read_config(folder) -> ModelConfig:
@@ -129,12 +145,12 @@ def load_for(folder, data, device="cpu") -> Transformer:
     return model
 
 
-def make_or_load(name: str, vocab_size: int, device="cpu") -> Transformer:
+def make_or_load(name: str, vocab_size: int, data=None) -> Transformer:
     """A new model of preset `name`, or the folder `name`'s; raises ValueError if its vocabulary
-    is not vocab_size."""
+    is not vocab_size, or its tokenizer not that of `data`."""
     if name in PRESETS or not Path(name).exists():
-        return Transformer(ModelConfig.preset(name, vocab_size)).to(device)
-    model = load_model(name, device)
+        return Transformer(ModelConfig.preset(name, vocab_size))
+    model = load_model(name) if data is None else load_for(name, data)
     if (found := model.config.vocab_size) != vocab_size:
         cure = "both must use one tokenizer; train it again on this data, or start from a preset"
         raise ValueError(f"{name} has vocabulary {found}, here {vocab_size} is needed: {cure}")

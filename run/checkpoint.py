@@ -6,6 +6,8 @@
     run.json                                              what ran, where, and what came out
     resume/state-000000400-9f86d081884c7d65.pt            only while the run is unfinished
 
+run.json or resume/ is there from the first moment on: a folder without is not a run's.
+
 A state holds everything that the next step depends on. Its name has the first digits of its
 sha256: both appear in one rename, so no crash can leave one without the other. Two are kept: the
 newest may be the one that the disk spoilt. Only tensors and plain values are read (weights_only).
@@ -16,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from files import Finished, atomic_path, file_hash, lock, read_json, write_json
+from files import Finished, atomic_path, check_free, file_hash, lock, read_json, write_json
 from files.atomic import move
+from files.origin import check_unchanged
 
 from . import parallel
 
@@ -31,20 +34,24 @@ class RunFolder:
     def __init__(self, args):
         self.path = Path(args.out)
         self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.made_from: dict[str, str] = {}  # hashes of all files that the run reads
 
     def open(self, resume: bool, overwrite: bool) -> tuple[dict | None, str]:
         """Lock the folder; returns the state to go on from, or None, and where it was found. Raises
-        Finished where nothing is left to resume, ValueError where a run would be lost."""
+        Finished where nothing is left to resume, ValueError where something would be lost, or where
+        flags or files are not those it began with."""
         if parallel.is_main():
             lock(self.path)
         record, states = self.path / "run.json", list(self.path.glob("resume/state-*.pt"))
         state, source = None, ""
+        check_free(self.path, ("run.json", "resume"), overwrite)
         if resume and record.is_file():
-            self.check_same_flags(read_json(record)["args"])
+            before = read_json(record)
+            self.check_same(before["args"], before.get("made_from", {}))
             raise Finished(f"{self.path}: finished already, nothing to resume")
         if resume and states:
             file, state, refused = newest_state(self.path / "resume")
-            self.check_same_flags(state["flags"])
+            self.check_same(state["flags"], state.get("made_from", {}))
             source = "; ".join([file.name, *refused])
         elif resume:
             print(f"{self.path}: no state to resume, starting at step 0")
@@ -53,24 +60,29 @@ class RunFolder:
             raise ValueError(f"{self.path} already holds a run: {cure}")
         parallel.barrier()  # nothing is written before all processes have read
         if parallel.is_main():
+            (self.path / "resume").mkdir(parents=True, exist_ok=True)
             if overwrite:
                 record.unlink(missing_ok=True)
-                shutil.rmtree(self.path / "resume", ignore_errors=True)
-            for left in self.path.glob("**/*.tmp"):  # of a process that was killed
-                left.unlink()
+                for old in states:
+                    old.unlink()
+            for place in ("", "resume/", "best/**/", "student*/"):  # of a process that was killed
+                for left in self.path.glob(f"{place}*.[0-9]*.tmp"):
+                    left.unlink()
         return state, source
 
-    def check_same_flags(self, before: dict) -> None:
+    def check_same(self, flags: dict, made_from: dict) -> None:
         for name, value in self.flags.items():
-            if name not in NOT_IN_RESULT and before.get(name) != value:
-                ran = f"it ran with {before.get(name)}; use that, or another --out"
+            if name not in NOT_IN_RESULT and flags.get(name) != value:
+                ran = f"it ran with {flags.get(name)}; use that, or another --out"
                 raise ValueError(f"cannot resume {self.path} with --{name} {value}: {ran}")
+        cure = "put that back, pass --overwrite to start again, or another --out"
+        check_unchanged(made_from, self.path, cure)
 
     def save_state(self, step: int, state: dict) -> None:
         """Add a state, drop all but the newest ones. To be called by rank 0."""
         new = self.path / "resume" / "state.new"
         with atomic_path(new) as temporary:
-            torch.save({**state, "flags": self.flags}, temporary)
+            torch.save({**state, "flags": self.flags, "made_from": self.made_from}, temporary)
         move(new, new.with_name(f"state-{step:09d}-{file_hash(new)[:HASH_DIGITS]}.pt"))
         for old in sorted(new.parent.glob("state-*.pt"))[:-STATES_KEPT]:
             old.unlink()

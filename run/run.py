@@ -11,7 +11,8 @@
 
 Each word is a few lines that call a module named after what it does. Data is any object with
 `batch(step, batch_size, seed)`, `held_out.evaluation(batch_size, most)`, and the attributes
-`vocab_size`, `tokenizer_folder`, `tokenizer_sha256`, `sha256`, `bytes_per_token` and `padded`.
+`vocab_size`, `tokenizer_folder`, `tokenizer_sha256`, `sha256`, `bytes_per_token` and `padded`; and
+`files`, where it was read from some.
 """
 
 import os
@@ -23,9 +24,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from files import git_state
+from files import check_apart, git_state, hashes
+from model import PRESETS, load_for, make_or_load, weights_hash
 from model import device as machine
-from model import load_for, make_or_load, weights_hash
+from model.checkpoint import checkpoint_files
 
 from . import parallel, shards
 from .batches import Accumulated, count_parts, micro_batches
@@ -41,6 +43,7 @@ class Run:
     def __init__(self, args):
         parallel.start()
         check_flags(args)
+        check_apart(args, PRESETS)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
         machine.prepare_process(args.seed, processes)
         local_rank = int(os.environ["LOCAL_RANK"]) if parallel.world_size() > 1 else None
@@ -55,13 +58,18 @@ class Run:
         tokenizer is not the data's."""
         model = load_for(folder, data).requires_grad_(False)
         self.sources.setdefault("teacher_sha256", []).append(weights_hash(folder))
+        self.training.folder.made_from |= hashes(*checkpoint_files(folder))
         self.teachers.append(self.to_device(model))
         return self.teachers[-1]
 
     def student(self, name: str, data) -> nn.Module:
         """A new model of the preset `name`, or the checkpoint in the folder `name`. The first
-        student of a run is the one that is saved in --out and evaluated on the way."""
-        self.training.students.append(self.to_device(make_or_load(name, data.vocab_size)))
+        student of a run is the one that is saved in --out and evaluated on the way. Raises
+        ValueError where the checkpoint's tokenizer is not the data's."""
+        model = make_or_load(name, data.vocab_size, data)
+        if name not in PRESETS:
+            self.training.folder.made_from |= hashes(*checkpoint_files(name))
+        self.training.students.append(self.to_device(model))
         return self.training.students[-1]
 
     def to_device(self, model: nn.Module) -> nn.Module:
@@ -90,6 +98,7 @@ class Run:
         SIGTERM end the loop after the step that is running: the state is saved."""
         args, training, meter = self.args, self.training, self.training.meter
         self.sources |= {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256}
+        training.folder.made_from |= hashes(*getattr(data, "files", ()))
         training.begin(data)
         parts = count_parts(args.batch_size, args.accumulation_steps, data.padded)
         with noted_signals() as signals, training.progress:
@@ -141,6 +150,7 @@ class Run:
         record = {
             "argv": sys.argv, "args": training.folder.flags, "seed": self.args.seed, **git_state(),
             "config": training.students[0].config.to_json(), "sources": self.sources,
+            "made_from": training.folder.made_from,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": machine.describe_device(self.device), "threads": torch.get_num_threads(),
             "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),

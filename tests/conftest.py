@@ -64,7 +64,7 @@ def kill_teacher(prepared_folder, tmp_path_factory):
     from tests.robustness.test_kill import command_of, start
 
     folder = tmp_path_factory.mktemp("kill")
-    teacher, cache = folder / "teacher", folder / "teacher" / "sample.cache"
+    teacher, cache = folder / "teacher", folder / "sample.cache"
     with open(folder / "log", "w") as log:
         words = command_of("pretrain", prepared_folder, None, teacher)
         assert start(words, teacher, log).wait() == 0

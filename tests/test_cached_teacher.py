@@ -1,6 +1,7 @@
 """A teacher that is read from a file: what each way of keeping it is worth (by hand, at k = V, and
 on average), what stands in the file, and for what it is refused."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import train_distillation
 from dataset import teacher_cache
 from dataset.packing import PackedText
-from dataset.teacher_cache import HEADER_BYTES, CachedText, read_header, record_dtype
+from dataset.teacher_cache import HASH_BYTES, HEADER_BYTES, CachedText, read_header, record_dtype
 from distill import kl_divergence
 from distill.sparse import sample, top_k
 from files import Finished
@@ -444,7 +445,8 @@ def test_a_cache_is_synced_while_it_grows(tmp_path, teacher, prepared_folder, mo
     header = read_header(tmp_path / "cache")
     record = record_dtype(header).itemsize
     ends = [*range(32, header["windows"], 32), header["windows"]]
-    assert sizes == [HEADER_BYTES + end * record for end in ends]
+    ends = [HEADER_BYTES + end * record for end in ends]
+    assert sizes == [*ends, ends[-1] + HASH_BYTES]
 
 
 def test_what_was_begun_with_other_flags_is_not_continued(
@@ -467,7 +469,7 @@ def test_a_finished_cache_is_neither_made_again_nor_lost(tmp_path, teacher, prep
     before = path.read_bytes()
     with pytest.raises(Finished, match="finished already"):
         write(teacher, prepared_folder, path)
-    with pytest.raises(ValueError, match="holds another cache"):
+    with pytest.raises(ValueError, match="cache was made with another k: pass --overwrite"):
         write(teacher, prepared_folder, path, "--k", 9)
     assert path.read_bytes() == before
 
@@ -493,15 +495,17 @@ def test_a_cache_of_something_else_is_refused(tmp_path, teacher, prepared_folder
     save_model(Transformer(ModelConfig.preset("nano", 400)), other, prepared_folder)
     with pytest.raises(ValueError, match="made with teacher_sha256"):
         open_cache(path, other, prepared_folder, share=0.5)
-    data = shutil.copytree(prepared_folder, tmp_path / "data")
-    meta = json.loads((data / "meta.json").read_text())
-    for name, holder in (("text_sha256", meta["train"]), ("tokenizer_sha256", meta)):
-        key = "sha256" if name == "text_sha256" else name
-        kept, holder[key] = holder[key], "0" * 64
+    for name, file in (("text_sha256", "train.bin"), ("tokenizer_sha256", "tokenizer.json")):
+        data = shutil.copytree(prepared_folder, tmp_path / name)
+        content = bytearray((data / file).read_bytes())
+        content[-1] ^= 8
+        (data / file).write_bytes(content)
+        meta = json.loads((data / "meta.json").read_text())
+        holder, key = (meta["train"], "sha256") if file == "train.bin" else (meta, name)
+        holder[key] = hashlib.sha256(content).hexdigest()
         (data / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(ValueError, match=f"made with {name}"):
             open_cache(path, teacher, data, share=0.5)
-        holder[key] = kept
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ TINY = dataclasses.replace(
     reason_teacher_steps=3,
     reason_steps=2,
     hard_steps=2,
+    vocab_size=400,
+    problems=150,
+    prompts=20,
+    test_problems=20,
     reason_batch=8,
     temperatures=(1.0, 2.0),
     data_shares=(0.5, 1.0),
@@ -131,7 +135,10 @@ def reproduced(prepared_folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("reproduce")
     (place / "out" / "tiny").mkdir(parents=True)
     for data in ("data", "data-hard"):
-        shutil.copytree(prepared_folder, place / "out" / "tiny" / data)
+        folder = shutil.copytree(prepared_folder, place / "out" / "tiny" / data)
+    meta = read_json(folder / "meta.json")
+    meta["made_from"]["tier"] = "hard"  # or it would not be taken for the hard problems
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
     patch.setitem(scales.SCALES, "tiny", TINY)

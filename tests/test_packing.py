@@ -1,5 +1,6 @@
 """Promise: labels are the inputs shifted once; batch n is a function of (data, seed, n)."""
 
+import hashlib
 import itertools
 import json
 
@@ -12,13 +13,19 @@ from dataset.packing import PackedText, epoch_order, write_stream
 END = 0
 
 
+def sha256_of(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def make_folder(folder, documents, vocab_size=60000):
     """A prepared folder whose train and val streams hold `documents`."""
     folder.mkdir(exist_ok=True)
-    meta = {"vocab_size": vocab_size, "tokenizer_sha256": "none"}
+    (folder / "tokenizer.json").write_text("{}")
+    meta = {"vocab_size": vocab_size, "tokenizer_sha256": sha256_of(folder / "tokenizer.json")}
     for split in ("train", "val"):
         meta[split] = write_stream(folder / f"{split}.bin", documents, vocab_size, END)
-        meta[split] |= {"bytes": 3 * meta[split]["tokens"], "sha256": f"of {split}"}
+        digest = sha256_of(folder / f"{split}.bin")
+        meta[split] |= {"bytes": 3 * meta[split]["tokens"], "sha256": digest}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -139,7 +146,8 @@ def test_evaluation_set_is_fixed_and_spread(tmp_path, most, batch_size):
 def test_what_is_known_of_a_text_comes_from_meta(tmp_path):
     data = PackedText(counting(tmp_path, 100), "val", 10)
     assert data.bytes_per_token == 3.0 and data.vocab_size == 60000
-    assert (data.sha256, data.tokenizer_sha256) == ("of val", "none")
+    hashes = tuple(sha256_of(tmp_path / "data" / name) for name in ("val.bin", "tokenizer.json"))
+    assert (data.sha256, data.tokenizer_sha256) == hashes
     assert data.tokenizer_folder == data.folder == tmp_path / "data"
 
 
@@ -147,7 +155,8 @@ def test_the_training_split_has_the_other_as_held_out(tmp_path):
     """The whole of it, whatever share is trained on."""
     train = PackedText(counting(tmp_path, 100), "train", 10, share=0.5)
     assert (train.size, train.held_out.size) == (4, 9)
-    assert train.held_out.sha256 == "of val" and train.held_out.held_out is None
+    assert train.held_out.sha256 == sha256_of(tmp_path / "data" / "val.bin")
+    assert train.held_out.held_out is None
 
 
 def test_folder_that_was_not_prepared_is_refused(tmp_path):

@@ -4,6 +4,7 @@ plain Python, and readers that are fed rubbish.
 Each property is tried some hundred times; with --slow the fuzzers try 100,000 inputs."""
 
 import contextlib
+import hashlib
 import json
 import math
 import random
@@ -265,7 +266,8 @@ def test_any_header_is_read_or_refused(count, tmp_path):
             read = ModelConfig.from_json({**config, **wrong})
             assert read.num_hidden_layers <= 1000 and read.vocab_size <= 10**7
         wrong = {rng.choice(list(header)): rng.choice(values) for _ in range(2)}
-        (tmp_path / "x").write_bytes(json.dumps({**header, **wrong}).encode().ljust(HEADER_BYTES))
+        content = json.dumps({**header, **wrong}).encode().ljust(HEADER_BYTES)
+        (tmp_path / "x").write_bytes(content + hashlib.sha256(content).digest())
         with contextlib.suppress(ValueError):
             assert read_header(tmp_path / "x")["windows"] == 0
 

@@ -3,6 +3,7 @@ does what it says, and they refuse what cannot work with one sentence and exit c
 (tests/robustness/test_resume.py stops and resumes them.)"""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -321,12 +322,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 
 def test_another_tokenizer_is_refused_with_the_cure(prepared_folder, teacher, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for path in prepared_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(prepared_folder, tmp_path / "data")
+    with open(folder / "tokenizer.json", "a") as file:
+        file.write("\n")
     meta = read_json(folder / "meta.json")
-    meta["tokenizer_sha256"] = "0" * 64
+    meta["tokenizer_sha256"] = file_hash(folder / "tokenizer.json")
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     words = ["--teacher", teacher, "--data", folder, "--out", tmp_path / "run", *SMALL]
     with pytest.raises(ValueError, match="one tokenizer"):

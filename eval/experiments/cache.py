@@ -36,7 +36,7 @@ def cache_job(scale, teacher: Job, method: str, k: int) -> Job:
     flags = {"teacher": teacher.out, "data": scale.data, "method": method}
     flags |= {"k": k} if k else {}
     flags |= {"seq_len": scale.seq_len, "data_share": 1.0}
-    out = f"{teacher.out}/{method}{k or ''}.cache"
+    out = f"{teacher.out}-{method}{k or ''}.cache"
     return Job("dataset.teacher_cache", out, tuple(flags.items()), (teacher,))
 
 

@@ -8,14 +8,16 @@ procedure, not of the student alone.
 
 import argparse
 import csv
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dataset import prepare
 from dataset.packing import PackedText
-from files import command_line, lock, new_parser, unlock
+from files import Finished, command_line, lock, new_parser, read_json, unlock
 from model import load_model
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
@@ -131,12 +133,29 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def inputs_of(row: dict) -> list[tuple[str, str]]:
+    """What a row was made from: "--data out/data" and the first digits of its hash, ..."""
+    words, found = shlex.split(row.get("command", "")), []
+    if row.get("problems_sha256"):
+        found.append(("test problems", row["problems_sha256"]))
+    for flag, column in (("--data", "data_sha256"), ("--teacher", "teacher_sha256")):
+        if flag in words and row.get(column):  # earlier versions wrote no hashes
+            found.append((f"{flag} {words[words.index(flag) + 1]}", row[column]))
+    return found
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows; the first one settles the columns. Those whose arm and seed are there already are
-    left out: another sweep, sharing the work, has written them."""
+    left out: another sweep, sharing the work, has written them. Raises ValueError where the rows
+    that are there were made from other data or another teacher of the same name."""
     lock(path, wait=True)
     try:
         known = read_rows(path)
+        before = {key: digest for row in known for key, digest in inputs_of(row)}
+        for name, digest in (found for row in rows for found in inputs_of(row)):
+            if (made := before.get(name, digest)) != digest:
+                other = f"{path} has rows made with {name} of sha256 {made}, now it has {digest}"
+                raise ValueError(f"{other}: move that file, or pass another --results")
         present = {(row["arm"], row["seed"]) for row in known}
         rows = [row for row in rows if (row["arm"], str(row["seed"])) not in present]
         columns = list(known[0]) if known else [*dict.fromkeys([*COLUMNS, *rows[0]])]
@@ -221,12 +240,22 @@ def run_alone(description: str, experiment: Callable[[Scale], Experiment]) -> No
 
 
 def prepare_data(scale: Scale) -> None:
-    """Run dataset.prepare for this scale, unless it is done."""
+    """Run dataset.prepare for this scale, unless it is done. Raises ValueError where it was done
+    with other flags."""
     tiers = {"easy": scale.data} | ({"hard": scale.hard_data} if scale.hard_steps else {})
     for tier, folder in tiers.items():
-        if not (Path(folder) / "meta.json").is_file():
-            words = ["--out", folder, "--tier", tier]
-            for flag in ("vocab_size", "problems", "prompts", "test_problems"):
-                words += [f"--{flag}", str(getattr(scale, flag))]
+        names = ("vocab_size", "problems", "prompts", "test_problems")
+        flags = {"tier": tier, **{name: getattr(scale, name) for name in names}}
+        if (Path(folder) / "meta.json").is_file():
+            made = read_json(Path(folder) / "meta.json").get("made_from", {})
+            for name, value in flags.items():
+                if made.get(name, value) != value:
+                    other = f"{folder} was prepared with --{name} {made[name]}"
+                    raise ValueError(f"{other}, this preset needs {value}: move or delete it")
+        else:
+            words = ["--out", folder]
+            for name, value in flags.items():
+                words += [f"--{name}", str(value)]
             print("$ python -m dataset.prepare " + " ".join(words))
-            prepare.main(prepare.parse_args(words))
+            with suppress(Finished):  # by another sweep, while this one waited
+                prepare.main(prepare.parse_args(words))

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.teacher_cache import read_header
-from files import Finished, Locked, lock, progress, read_json, unlock_all
+from files import Finished, Locked, check_unchanged, lock, progress, read_json, unlock_all
 from model.device import available_cores, give_back_memory
 
 # Of what a script writes, where it is no run's folder: what is added to the name of --out.
@@ -59,15 +59,22 @@ class Job:
         return Path(self.out + RECORDS.get(self.script, "/run.json"))
 
     def record(self) -> dict:
+        """Its "args", and "made_from", the hashes of the files that it read."""
         if self.script == "dataset.teacher_cache":
-            return {"args": read_header(self.record_path)}
-        return read_json(self.record_path)
+            header, flags = read_header(self.record_path), dict(self.flags)
+            made_from = {f"{flags['teacher']}/model.safetensors": header["teacher_sha256"]}
+            made_from[f"{flags['data']}/train.bin"] = header["text_sha256"]
+            return {"args": header, "made_from": made_from}
+        record = read_json(self.record_path)
+        return {"made_from": record["args"].get("made_from", {}), **record}
 
     def is_done(self) -> bool:
-        """Raises ValueError where --out holds a run with other flags."""
+        """Raises ValueError where --out holds a run with other flags, or of files that have changed
+        since. Those that are gone are not asked for: the result may be all that was kept."""
         if not self.record_path.is_file():
             return False
-        recorded = self.record()["args"]
+        record = self.record()
+        recorded = record["args"]
         for name, value in self.flags:
             value = value.total() if isinstance(value, Spent) else value
             expected = str(True if value is None else value)
@@ -76,6 +83,9 @@ class Job:
                     f"{self.out} holds a run with --{name} {recorded[name]}, this experiment "
                     f"needs {expected}: move or delete it"
                 )
+        made_from = record.get("made_from", {})  # runs of earlier versions have none
+        kept = {path: digest for path, digest in made_from.items() if Path(path).is_file()}
+        check_unchanged(kept, self.out, "put that back, or move or delete the run to make it again")
         return True
 
 

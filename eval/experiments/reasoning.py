@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from eval.reasoning import evaluate_reasoning
+from files import known_hash
 from model.device import choose_device, keep_freed_memory
 
 from .common import Experiment, experiment_main, run_experiments, run_row
@@ -98,7 +99,8 @@ def reasoning_row(scale, job: Job) -> dict:
         for steps in range(1, 6)
     }
     names = ("accuracy", "well_formed", "verified", "think_tokens")
-    return {**{name: table[0][name] for name in names}, **columns, **run_row(job)}
+    row = {**{name: table[0][name] for name in names}, **columns, **run_row(job)}
+    return {**row, "problems_sha256": known_hash(problems)[:12]}
 
 
 def experiment(scale) -> Experiment:

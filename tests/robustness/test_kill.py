@@ -58,7 +58,10 @@ def command_of(name: str, data: Path, teacher: Path, out: Path) -> list:
             *("train_distill_reason.py", "--student", "nano", "--tokenizer", data),
             *("--data", data / "reason_train.jsonl", *STEPS, "--seq_len", "256"),
         ],
-        "cached": ["-m", "methods.cached_teacher", *pair, *STEPS],
+        "cached": [
+            *("-m", "methods.cached_teacher", *pair, *STEPS),
+            *("--teacher_cache", teacher and teacher.parent / "sample.cache"),
+        ],
         "traces": [
             *("-m", "dataset.make_traces", "--teacher", teacher, "--keep", "all"),
             *("--prompts", data / "reason_prompts.jsonl", "--device", "cpu"),

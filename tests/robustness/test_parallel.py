@@ -104,6 +104,10 @@ command_line(jobs, json.load(open(sys.argv[1])))
 """
 
 
+def cache_of(teacher) -> list:
+    return ["--teacher_cache", teacher and teacher.parent / "sample.cache"]
+
+
 def argv_of(name, prepared_folder, teacher) -> list:
     text = ["--data", prepared_folder, *SMALL]
     chats = ["--data", prepared_folder / "reason_train.jsonl", *SMALL, "--seq_len", "256"]
@@ -112,7 +116,7 @@ def argv_of(name, prepared_folder, teacher) -> list:
         "pretrain": [train_pretrain, "--model", "nano", *text],
         "distill": [train_distillation, "--teacher", teacher, *text],
         "projection": [projection, "--teacher", teacher, *text],
-        "cached": [cached_teacher, "--teacher", teacher, *text],
+        "cached": [cached_teacher, *cache_of(teacher), "--teacher", teacher, *text],
         "chat": [train_distillation, "--teacher", teacher, *chats],
         "reason": [*reason, "--teacher", teacher],
         "tags": [*reason, "--tag_weight", "30", "--think_weight", "0.2"],
@@ -125,7 +129,7 @@ def teacher(prepared_folder, tmp_path_factory):
     script, *words = argv_of("pretrain", prepared_folder, None)
     run(script, *words, "--out", out)
     words = ["--teacher", out, "--data", prepared_folder, "--dtype", "float32"]
-    run(teacher_cache, *words, "--seq_len", "32", "--k", "8")
+    run(teacher_cache, *words, "--seq_len", "32", "--k", "8", "--out", cache_of(out)[1])
     return out
 
 
