@@ -72,14 +72,14 @@ def compute_loss(
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--student", default="out/student", help="checkpoint folder, or preset")
-    parser.add_argument("--tag_weight", type=float, default=1.0, help="of the four tags, 0 on")
-    parser.add_argument("--think_weight", type=float, default=1.0, help="inside <think>, 0 on")
-    parser.add_argument("--answer_weight", type=float, default=1.0, help="inside <answer>, 0 on")
+    parser.add_argument("--tag_weight", type=float, default=1.0, help="of the four tags")
+    parser.add_argument("--think_weight", type=float, default=1.0, help="inside <think>")
+    parser.add_argument("--answer_weight", type=float, default=1.0, help="inside <answer>")
     parser.add_argument(
         "--answers_only", action="store_true", help="drop the <think> spans: what traces are worth"
     )
     parser.add_argument("--teacher", default=None, help="checkpoint folder; adds the KL")
-    parser.add_argument("--alpha", type=float, default=0.5, help="with --teacher: 0 (KL) to 1 (CE)")
+    parser.add_argument("--alpha", type=float, default=0.5, help="with --teacher: 0: KL; 1: CE")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --teacher: T")
     add_data_flags(parser, data="out/data/reason_train.jsonl")
     add_common_flags(

@@ -64,9 +64,9 @@ def compute_loss(
 
 def parse_args(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--temperature", type=float, default=1.0, help="T, 0.001 to 1000")
+    parser.add_argument("--temperature", type=float, default=1.0, help="T")
     parser.add_argument(
-        "--alpha", type=float, default=0.5, help="0 (only the teacher) to 1 (only the labels)"
+        "--alpha", type=float, default=0.5, help="0: only the teacher; 1: only the labels"
     )
     add_data_flags(parser)
     add_common_flags(parser, out="out/student", pair=True)  # --teacher, --student, ...

@@ -34,7 +34,7 @@ import train_distillation
 import train_pretrain
 from distill import fused_loss
 from distill.sparse import top_k
-from files import atomic_path, command_line, new_parser
+from files import atomic_path, check_ranges, command_line, new_parser
 from methods import cached_teacher
 from model import ModelConfig, Transformer, generate
 from model import device as machine
@@ -189,7 +189,7 @@ GROUPS = {
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("--only", choices=tuple(GROUPS), default=None, help="one group")
+    parser.add_argument("--only", choices=tuple(GROUPS), default=None, help="one group, not all")
     parser.add_argument("--size", default=None, help="one size of a group, as the CSV names it")
     parser.add_argument(
         "--compile",
@@ -200,7 +200,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--bfloat16", action="store_true", help="also where --dtype auto would not take it"
     )
-    parser.add_argument("--rounds", type=int, default=None, help="turns of every variant [3 or 9]")
+    parser.add_argument("--rounds", type=int, help="turns of each variant; default 9 or 3")
     parser.add_argument("--peers", action="store_true", help="also time others' loops; needs TRL")
     parser.add_argument("--against", type=Path, default=None, help="earlier results.csv to compare")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -211,13 +211,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args) -> list[dict]:
+    check_ranges(args)
     machine.keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.available_cores())
     device = machine.choose_device(args.device)
     earlier = read_results(args.against) if args.against else {}
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds} must be 1 or more")
     low = args.bfloat16 or machine.choose_precision("auto", device) == "bfloat16"
     modes = (False, True) if args.compile else (False,)
     ways = list(product(modes, ("float32", "bfloat16") if low else ("float32",)))

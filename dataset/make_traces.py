@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import files
-from files import command_line
+from files import check_ranges, command_line
 from files.progress import progress_bar
 from model import load_model
 from model.checkpoint import checkpoint_files
@@ -27,29 +27,29 @@ from .replies import read_problems, write_replies
 from .tokenizer import decode, load_tokenizer
 
 CHUNK = 1000  # problems between two writes
+TEMPERATURES = (0.0, 10.0)  # of sampling
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = files.new_parser(__doc__)
+    parser = files.new_parser(__doc__, temperature=TEMPERATURES)
     add = parser.add_argument
     add("--teacher", default="out/reason_teacher", help="checkpoint folder")
     add("--prompts", default="out/data/reason_prompts.jsonl", help="problems")
     add("--out", type=Path, default=Path("out/traces.jsonl"), help="jsonl to write")
-    add("--samples", type=int, default=1, help="tries for a problem, 1 or more")
-    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy; 0 to 10")
-    add("--keep", choices=("verified", "all"), default="verified", help="which traces")
-    add("--seed", type=int, default=0, help="of sampling, 0 or more")
+    add("--samples", type=int, default=1, help="tries for a problem")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0: greedy")
+    add("--keep", choices=("verified", "all"), default="verified", help="traces of right answers")
+    add("--seed", type=int, default=0, help="of sampling")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--overwrite", action="store_true", help="replace the traces in --out")
     return parser.parse_args(argv)
 
 
 def main(args) -> dict:
+    check_ranges(args, temperature=TEMPERATURES)
     files.check_apart(args)
     keep_freed_memory()
     device = choose_device(args.device)
-    if args.samples < 1 or not 0 <= args.temperature <= 10:
-        raise ValueError("--samples must be at least 1, --temperature between 0 and 10")
     if args.samples > 1 and args.temperature == 0:
         same = f"--samples {args.samples} at --temperature 0 writes one trace several times"
         raise ValueError(f"{same}: raise --temperature (0.7, say)")

@@ -10,9 +10,9 @@ def add_data_flags(parser, data: str = "out/data") -> None:
     """Add --data, --data_share, --skip_bad and --tokenizer."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default=data, help="folder of dataset.prepare, or a jsonl of conversations")
-    add("--data_share", type=float, default=1.0, help="first part of the text, above 0 to 1")
+    add("--data_share", type=float, default=1.0, help="first part of the text, as a share of it")
     add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
-    add("--tokenizer", default="out/data", help="its folder, for a jsonl and a new model")
+    add("--tokenizer", default="out/data", help="folder of one, for a jsonl and new models")
 
 
 def open_data(args, *models: str | None) -> PackedText | ChatData:

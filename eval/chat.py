@@ -15,25 +15,26 @@ import torch
 
 from dataset.chat import encode_prompt
 from dataset.tokenizer import decode, encode, load_tokenizer, special_id
-from files import command_line, new_parser, printable
+from files import check_ranges, command_line, new_parser, printable
 from model import generate, load_model, stream
 from model.device import choose_device
 
 TEXT = {"temperature": 0.8, "top_p": 0.95}  # how a text is continued unless flags say otherwise
 TURNS = {"temperature": 0.0, "top_p": 1.0}
+TEMPERATURES = (0.0, 10.0)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, temperature=TEMPERATURES)
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
-    parser.add_argument("--teacher", default=None, help="a second folder, which replies too")
+    parser.add_argument("--teacher", default=None, help="a second folder, to reply too")
     parser.add_argument("--complete", action="store_true", help="continue your text, without turns")
-    greedy = "0 is greedy; 0 to 10 [0; with --complete 0.8]"
+    greedy = "of sampling; 0: greedy; default 0, with --complete 0.8"
     parser.add_argument("--temperature", type=float, default=None, help=greedy)
-    parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0 is off")
-    mass = "sample among the likeliest of this mass; 1 is off [1; with --complete 0.95]"
+    parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0: all")
+    mass = "sample among the likeliest of this mass; default 1, with --complete 0.95"
     parser.add_argument("--top_p", type=float, default=None, help=mass)
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="of one reply, 1 or more")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="of one reply")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -73,11 +74,8 @@ def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
 
 
 def main(args) -> None:
+    check_ranges(args, temperature=TEMPERATURES)
     device = choose_device(args.device)
-    for name, low, high in (("temperature", 0, 10), ("top_p", 0, 1), ("max_new_tokens", 1, 10**6)):
-        value = getattr(args, name)
-        if not low <= value <= high:
-            raise ValueError(f"--{name} {value} must be between {low} and {high}")
     speakers = []
     for folder in filter(None, (args.model, args.teacher)):
         model = load_model(folder, device)

@@ -11,7 +11,7 @@ the same token first. run/evaluation.py defines them.
 import argparse
 
 from dataset.packing import PackedText
-from files import command_line, new_parser
+from files import check_ranges, command_line, new_parser
 from model import load_for
 from model.device import choose_device, keep_freed_memory
 from run import evaluate
@@ -22,16 +22,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", default="out/student", help="checkpoint folder")
     parser.add_argument("--teacher", default=None, help="checkpoint folder to compare with")
     parser.add_argument("--data", default="out/data", help="folder made by dataset.prepare")
-    parser.add_argument("--seq_len", type=int, default=128, help="tokens of a window, 2 or more")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens of a window")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 
 def main(args) -> dict:
+    check_ranges(args)
     keep_freed_memory()
     device = choose_device(args.device)
-    if args.seq_len < 2:
-        raise ValueError(f"--seq_len {args.seq_len} must be at least 2")
     text = PackedText(args.data, "val", args.seq_len)
     models = [load_for(name, text, device) for name in (args.model, args.teacher) if name]
     batches = text.evaluation(32, text.size)

@@ -77,7 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--problems", default="out/data/reason_test.jsonl", help="jsonl of problems"
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help="jsonl of answers [MODEL/answers.jsonl]"
+        "--out", type=Path, default=None, help="jsonl of answers; default MODEL/answers.jsonl"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -6,6 +6,7 @@ What a user got wrong is a ValueError or OSError; it ends in one sentence and ex
 import argparse
 import sys
 import traceback
+from functools import partial
 
 # What torch says where memory is full, on a CPU and on a GPU.
 NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -25,11 +26,6 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows a file's docstring as it stands."""
-    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 RANGES = {  # flag: (smallest, largest)
     "seed": (0, 2**31), "steps": (1, 10**9), "flops": (1, 1e30), "seconds": (1e-3, 1e9),
     "batch_size": (1, 2**20), "seq_len": (2, 2**20), "accumulation_steps": (1, 2**20),
@@ -39,16 +35,45 @@ RANGES = {  # flag: (smallest, largest)
     "data_share": (1e-6, 1.0), "tag_weight": (0.0, 1e6), "think_weight": (0.0, 1e6),
     "answer_weight": (0.0, 1e6), "k": (1, 2**20), "val_share": (0.01, 0.5),
     "problems": (1, 10**9), "prompts": (1, 10**9), "test_problems": (1, 10**9),
-    "vocab_size": (263, 2**24),
+    "vocab_size": (263, 2**24), "samples": (1, 10**6), "top_k": (0, 2**24), "top_p": (1e-6, 1.0),
+    "max_new_tokens": (1, 10**6), "rounds": (1, 10**6),
 }  # fmt: skip
 
 
-def check_ranges(args) -> None:
-    """Raise ValueError, naming the flag and its range, for a value outside it."""
-    for name, (low, high) in RANGES.items():
+def in_words(low: float, high: float, between: str) -> str:
+    return between.join(f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (low, high))
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows a file's docstring as it stands, and after each flag its range and its default."""
+
+    def __init__(self, ranges: dict[str, tuple], **options):
+        super().__init__(**options)
+        self.ranges = ranges
+
+    def _get_help_string(self, action: argparse.Action) -> str:  # argparse's own hook for this
+        if action.default is argparse.SUPPRESS:  # --help itself
+            return action.help
+        checked = action.type in (int, float) and action.dest in self.ranges
+        more = [in_words(*self.ranges[action.dest], " to ")] if checked else []
+        if action.default is not None:
+            default = ("off", "on")[action.default] if action.nargs == 0 else "%(default)s"
+            more.append(f"default {default}")
+        return action.help + (f" [{', '.join(more)}]" if more else "")
+
+
+def new_parser(description: str, **ranges: tuple) -> argparse.ArgumentParser:
+    """A parser whose --help has all ranges and defaults; `ranges` replace those of RANGES here."""
+    return Parser(description=description, formatter_class=partial(Help, RANGES | ranges))
+
+
+def check_ranges(args, **ranges: tuple) -> None:
+    """Raise ValueError, naming the flag and its range, for a value outside it; `ranges` as in
+    new_parser."""
+    for name, (low, high) in (RANGES | ranges).items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:  # also refuses NaN
-            raise ValueError(f"--{name} {value} must be between {low:g} and {high:g}")
+        if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
+            raise ValueError(f"--{name} {value} must be between {in_words(low, high, ' and ')}")
 
 
 def printable(text: str) -> str:

@@ -66,10 +66,10 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--teacher_cache", default="out/sample.cache", help="what it wrote")
     parser.add_argument("--no_tail", action="store_true", help="of a topk file: only its k tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="T, 0.001 to 1000")
-    parser.add_argument("--alpha", type=float, default=0.5, help="0 (teacher) to 1 (labels)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="T")
+    parser.add_argument("--alpha", type=float, default=0.5, help="0: teacher; 1: labels")
     parser.add_argument("--data", default="out/data", help="folder made by dataset.prepare")
-    parser.add_argument("--data_share", type=float, default=1.0, help="first part of the text")
+    parser.add_argument("--data_share", type=float, default=1.0, help="share of the text")
     add_common_flags(parser, out="out/cached_student", pair=True, fused=False)
     return parser.parse_args(argv)
 

@@ -21,13 +21,13 @@ def add_common_flags(
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--out", type=Path, default=Path(out), help="folder that the run writes")
-    add("--seed", type=int, default=0, help="of weights and batch order, 0 or more")
+    add("--seed", type=int, default=0, help="of weights and batch order")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     dtypes = ("auto", "float32", "bfloat16")
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the machine has it")
     add("--compile", action=BooleanOptionalAction, default=False, help="slow start, faster steps")
     if fused:
-        when = "the loss without logits; auto: where those of a batch would take more than 256 MB"
+        when = "never hold all logits of a batch; auto: where they would take more than 256 MB"
         add("--fused", choices=("auto", "yes", "no"), default="auto", help=when)
     add("--fsdp", action="store_true", help="with torchrun: shard the models over the processes")
     add = group.add_mutually_exclusive_group().add_argument
@@ -35,25 +35,25 @@ def add_common_flags(
     add("--overwrite", action="store_true", help="replace the run in --out")
     group = parser.add_argument_group("optimisation")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--steps", type=int, default=1000, help="optimizer steps, 1 or more")
-    add("--flops", type=float, help="instead of --steps: floating-point operations to spend, 1 on")
-    add("--seconds", type=float, help="instead of --steps: time to spend, above 0")
+    add("--steps", type=int, default=1000, help="optimizer steps")
+    add("--flops", type=float, help="instead of --steps: floating-point operations to spend")
+    add("--seconds", type=float, help="instead of --steps: time to spend")
     add = group.add_argument
-    add("--batch_size", type=int, default=16, help="sequences of a step, over all processes, 1+")
-    add("--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat), 2+")
-    parts = "parts that a process cuts its rows into: the same in less memory, 1 to batch_size"
+    add("--batch_size", type=int, default=16, help="sequences of a step, over all processes")
+    add("--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat)")
+    parts = "parts of a batch, computed one by one in less memory; at most --batch_size"
     add("--accumulation_steps", type=int, default=1, help=parts)
     optimizer = "muon: Muon for the hidden matrices, AdamW for the rest; adamw: AdamW for all"
     add("--optimizer", default="muon", choices=("muon", "adamw"), help=optimizer)
     add("--learning_rate", type=float, default=0.012, help="peak rate, above 0")
-    add("--warmup", type=int, default=50, help="steps of linear warm-up, 0 or more")
-    add("--weight_decay", type=float, default=0.1, help="of matrices, 0 or more")
-    add("--grad_clip", type=float, default=1.0, help="largest norm; 0 is off")
-    nonfinite = "what a loss or gradient of inf or nan does; skip leaves out at most 10 in a row"
+    add("--warmup", type=int, default=50, help="steps of linear warm-up")
+    add("--weight_decay", type=float, default=0.1, help="of matrices")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: not clipped")
+    nonfinite = "at a loss or gradient of inf or nan: stop, or skip at most 10 batches in a row"
     add("--on_nonfinite", choices=("stop", "skip"), default="stop", help=nonfinite)
-    add("--eval_every", type=int, default=100, help="steps between evaluations, 1+")
+    add("--eval_every", type=int, default=100, help="steps between evaluations")
     add("--final_eval", type=int, default=400, help="held-out sequences of the last evaluation")
-    add("--patience", type=int, default=0, help="evaluations without a better loss; 0 is off")
+    add("--patience", type=int, default=0, help="most evaluations without a better loss; 0: any")
     parser.set_defaults(**defaults)
 
 

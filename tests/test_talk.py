@@ -34,7 +34,7 @@ def test_the_help_says_so(capsys):
     with pytest.raises(SystemExit):
         chat.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "[0; with --complete 0.8]" in text and "[1; with --complete 0.95]" in text
+    assert "default 0, with --complete 0.8" in text and "default 1, with --complete 0.95" in text
 
 
 def continued(folder, monkeypatch, capsys, *words) -> str:

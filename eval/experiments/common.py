@@ -215,9 +215,8 @@ def preset_args(description: str, argv=None) -> argparse.Namespace:
     """The command line that every experiment has: --preset, as `scale`, and --results."""
     parser = new_parser(description)
     parser.add_argument("--preset", choices=tuple(SCALES), default="quick", help="sizes and seeds")
-    parser.add_argument(
-        "--results", type=Path, default=None, help="folder of CSV and PNG [out/PRESET/results]"
-    )
+    where = "folder of CSV and PNG; default out/PRESET/results"
+    parser.add_argument("--results", type=Path, default=None, help=where)
     args = parser.parse_args(argv)
     args.scale = SCALES[args.preset]
     args.results = args.results or Path(args.scale.root) / "results"
