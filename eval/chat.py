@@ -53,7 +53,7 @@ def complete(model, tokenizer, prompt: str, max_new_tokens: int = 100, seed: int
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     sampling = {**TEXT, "stop_ids": stop_ids(tokenizer), "generator": generator}
     (ids,) = generate(model, [encode(tokenizer, prompt)], max_new_tokens, **sampling)
-    return decode(tokenizer, ids)
+    return decode(tokenizer, ids).rstrip("\ufffd")  # of a character that was cut
 
 
 def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
@@ -69,8 +69,9 @@ def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
         if not text.endswith("\ufffd"):  # a character of several bytes may not be whole yet
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    print(printable(decode(tokenizer, ids)[len(shown) :]))
-    return decode(tokenizer, ids)
+    text = decode(tokenizer, ids).rstrip("\ufffd")  # a character that was cut is not one
+    print(printable(text[len(shown) :]))
+    return text
 
 
 def main(args) -> None:

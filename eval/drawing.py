@@ -6,6 +6,8 @@ A title names a best arm, or a gain, only where seeds tell the arms apart: `diff
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 from eval.experiments.common import read_rows
 
@@ -124,6 +126,31 @@ def level(axis, stats, label: str, arm: str) -> None:
     look = {name: LOOKS[arm][name] for name in ("color", "linestyle")}
     axis.axhline(mean, label=label, linewidth=1.8, **look)
     axis.axhspan(low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def fonts_for(text: str) -> tuple[list[str], set[str]]:
+    """Families of fonts for `text`: the usual one, and those of the system that add characters of
+    other scripts; and the characters that no font has."""
+    families, missing = [], set(text) - {" "}
+    usual = font_manager.findfont("DejaVu Sans")
+    installed = {font.fname: font.name for font in font_manager.fontManager.ttflist}
+    for path in dict.fromkeys([usual, *sorted(installed)]):
+        found = set()
+        if missing and installed[path] not in families:
+            font = FT2Font(path)
+            found = missing & set(map(chr, font.get_charmap())) if font.scalable else found
+        if found or path == usual:
+            families.append(installed[path])
+            missing -= found
+    return families, missing
+
+
+def shown(text: str, missing: set[str], most: int = 45) -> str:
+    """The end of `text`, at most so long, as it can be drawn: "\\u4eba" for what no font has."""
+    parts = [c.encode("unicode_escape").decode() if c in missing else c for c in text]
+    while sum(map(len, parts)) > most:
+        del parts[0]
+    return "".join(parts).replace("$", r"\$")  # which else begins a formula
 
 
 def finish(axis, title: str, xlabel: str, ylabel=LOSS_LABEL, ticks=None, log=None) -> None:

@@ -191,9 +191,12 @@ def draw_data_share(results: Path, figure) -> None:
 
 def draw_soft_labels(results: Path, figure) -> None:
     """A line of panels per context, a column per temperature, all on one scale."""
-    groups, rest = list(by_arm(rows_of(results, "soft_labels")).values()), {}
-    contexts = list(dict.fromkeys(group[0]["context"] for group in groups))
-    axes = figure.subplots(len(contexts), len(groups) // len(contexts), sharex=True, squeeze=False)
+    rows, rest = rows_of(results, "soft_labels"), {}
+    groups = list(by_arm(rows).values())
+    fonts, missing = drawing.fonts_for("".join(row["context"] + row["token"] for row in rows))
+    columns = len({row["temperature"] for row in rows})
+    contexts = [group[0]["context"] for group in groups[::columns]]
+    axes = figure.subplots(len(contexts), columns, sharex=True, squeeze=False)
     for axis, group in zip(axes.flat, groups, strict=True):
         for height, row in enumerate(group):
             look, chance = {"color": BLUE}, 100 * float(row["probability"])
@@ -214,10 +217,11 @@ def draw_soft_labels(results: Path, figure) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for context, line, group in zip(contexts, axes, groups[:: axes.shape[1]], strict=True):
         names = [f"all other {int(row['count']):,}" if row["rank"] == "0" else
-                 (row["token"].strip() or repr(row["token"])) + " (true)" * int(row["is_next"])
-                 for row in group]  # fmt: skip
-        line[0].set_yticks(range(len(group)), names, fontsize=10)
-        line[0].set_title(f"“… {context} ___”", loc="left", fontsize=10, style="italic")
+                 drawing.shown(row["token"].strip() or repr(row["token"]), missing)
+                 + " (true)" * int(row["is_next"]) for row in group]  # fmt: skip
+        line[0].set_yticks(range(len(group)), names, fontsize=10, family=fonts)
+        said = f"“… {drawing.shown(context, missing)} ___”"
+        line[0].set_title(said, loc="left", fontsize=10, style="italic", family=fonts)
     low, high = (f"{min(rest[T]):.0f} to {max(rest[T]):.0f}% at T = {T:g}" for T in
                  (min(rest), max(rest)))  # fmt: skip
     title = "A higher T gives probability to tokens that the teacher thinks unlikely:\n"
@@ -371,7 +375,8 @@ def main(args) -> None:
     paths = draw_all(args.results)
     if not paths:
         raise ValueError(
-            f"no results.csv below '{args.results}': make them with: python -m eval.reproduce"
+            f"no results.csv below '{args.results}': make them with: python -m eval.reproduce "
+            f"--results {args.results}"
         )
     print(*paths, sep="\n")
 

@@ -40,10 +40,6 @@ RANGES = {  # flag: (smallest, largest)
 }  # fmt: skip
 
 
-def in_words(low: float, high: float, between: str) -> str:
-    return between.join(f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (low, high))
-
-
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows a file's docstring as it stands, and after each flag its range and its default."""
 
@@ -52,14 +48,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
         self.ranges = ranges
 
     def _get_help_string(self, action: argparse.Action) -> str:  # argparse's own hook for this
-        if action.default is argparse.SUPPRESS:  # --help itself
-            return action.help
-        checked = action.type in (int, float) and action.dest in self.ranges
-        more = [in_words(*self.ranges[action.dest], " to ")] if checked else []
-        if action.default is not None:
+        more = []
+        if action.type in (int, float) and action.dest in self.ranges:
+            more = ["{:,} to {:,}".format(*self.ranges[action.dest])]
+        if action.default not in (None, argparse.SUPPRESS):
             default = ("off", "on")[action.default] if action.nargs == 0 else "%(default)s"
             more.append(f"default {default}")
-        return action.help + (f" [{', '.join(more)}]" if more else "")
+        return action.help + f" [{', '.join(more)}]" * bool(more)
 
 
 def new_parser(description: str, **ranges: tuple) -> argparse.ArgumentParser:
@@ -68,17 +63,17 @@ def new_parser(description: str, **ranges: tuple) -> argparse.ArgumentParser:
 
 
 def check_ranges(args, **ranges: tuple) -> None:
-    """Raise ValueError, naming the flag and its range, for a value outside it; `ranges` as in
-    new_parser."""
+    """Raise ValueError, naming the flag and its range, for a value outside it."""
     for name, (low, high) in (RANGES | ranges).items():
         value = getattr(args, name, None)
         if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
-            raise ValueError(f"--{name} {value} must be between {in_words(low, high, ' and ')}")
+            raise ValueError(f"--{name} {value} must be between {low:,} and {high:,}")
 
 
 def printable(text: str) -> str:
     """Without control characters, which could otherwise command the terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)
+    spaces = "\n\u3000\xa0"  # of Chinese text, and one that does not break
+    return "".join(c if c in spaces or c.isprintable() else "\ufffd" for c in text)
 
 
 def end_alone(code: int, message: str | None) -> None:
@@ -95,6 +90,8 @@ end_process = end_alone  # run/parallel.py puts its own here where there are sev
 def command_line(main, args=None) -> None:
     """Run `main(args)`; a user's mistake ends in one sentence on stderr and exit code 2."""
     code, message = 0, None
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of the text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except Finished as reason:
