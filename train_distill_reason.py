@@ -75,9 +75,7 @@ def parse_args(argv=None):
     parser.add_argument("--tag_weight", type=float, default=1.0, help="of the four tags")
     parser.add_argument("--think_weight", type=float, default=1.0, help="inside <think>")
     parser.add_argument("--answer_weight", type=float, default=1.0, help="inside <answer>")
-    parser.add_argument(
-        "--answers_only", action="store_true", help="drop the <think> spans: what traces are worth"
-    )
+    parser.add_argument("--answers_only", action="store_true", help="drop the <think> spans")
     parser.add_argument("--teacher", default=None, help="checkpoint folder; adds the KL")
     parser.add_argument("--alpha", type=float, default=0.5, help="with --teacher: 0: KL; 1: CE")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --teacher: T")

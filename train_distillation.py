@@ -65,9 +65,7 @@ def compute_loss(
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--temperature", type=float, default=1.0, help="T")
-    parser.add_argument(
-        "--alpha", type=float, default=0.5, help="0: only the teacher; 1: only the labels"
-    )
+    parser.add_argument("--alpha", type=float, default=0.5, help="0: the teacher; 1: the labels")
     add_data_flags(parser)
     add_common_flags(parser, out="out/student", pair=True)  # --teacher, --student, ...
     return parser.parse_args(argv)

@@ -228,7 +228,10 @@ def main(args) -> list[dict]:
     ]
     if not chosen:
         raise ValueError(
-            f"--size {args.size} is no size of group {args.only or 'any'}: see the CSV, or --help"
+            f"--size {args.size} is no size of group {args.only or 'any'}: use one of "
+            + ", ".join(
+                x for name in [args.only] * bool(args.only) or GROUPS for x in GROUPS[name][1]
+            )
         )
     rows = []
     for group, size in chosen:

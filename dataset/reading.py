@@ -21,7 +21,7 @@ def open_data(args, *models: str | None) -> PackedText | ChatData:
     if not str(args.data).endswith(".jsonl"):
         return PackedText(args.data, "train", args.seq_len, args.data_share)
     if args.data_share != 1.0:
-        raise ValueError("--data_share needs --data to be a prepared folder, not a jsonl")
+        raise ValueError("--data_share is of a prepared folder: leave it out for a jsonl")
     folders = [name for name in models if name and Path(name).is_dir()]
     data = ChatData(
         args.data, (folders or [args.tokenizer])[0], "train", args.seq_len,

@@ -92,7 +92,8 @@ def encode_tagged(tokenizer: Tokenizer, text: str) -> list[int]:
 def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a control token. Raises ValueError where this tokenizer has none."""
     if (index := tokenizer.token_to_id(token)) is None:
-        raise ValueError(f"the tokenizer has no token '{token}': use one of dataset.prepare")
+        cure = "use a model whose tokenizer has it: a preset, on the data of dataset.prepare, does"
+        raise ValueError(f"the tokenizer has no token '{token}': {cure}")
     return index
 
 

@@ -80,7 +80,8 @@ def read_config(folder) -> ModelConfig:
     """The ModelConfig of a checkpoint folder. Raises ValueError naming what is missing."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        cure = f"make one with: python train_pretrain.py --out {folder}, or pass another folder"
+        make = f"python train_pretrain.py --data DATA --out {folder}"
+        cure = f"make one with: {make} (DATA: what it is to know), or pass another folder"
         raise ValueError(f"no checkpoint in '{folder}': {path} does not exist; {cure}")
     config = read_json(path)
     try:
@@ -140,7 +141,9 @@ def load_for(folder, data, device="cpu") -> Transformer:
     if tokenizer_hash(folder) != data.tokenizer_sha256:
         own = f"the tokenizer of {folder} (vocabulary {model.config.vocab_size})"
         other = f"the one of {data.tokenizer_folder} (vocabulary {data.vocab_size})"
-        cure = f"re-train on this data, or run python -m dataset.prepare --tokenizer {folder}"
+        cure = f"run python -m dataset.prepare --tokenizer {folder} --out NEW, then pass --data NEW"
+        if data.padded:  # conversations: read with the tokenizer of the first folder
+            cure = f"start the student from a preset, with --tokenizer {folder}"
         raise ValueError(f"{own} is not {other}: both must use one tokenizer; {cure}")
     return model
 

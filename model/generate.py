@@ -84,8 +84,8 @@ def decode(
     ids, attention_mask = left_pad(prompts, model.lm_head.weight.device)
     limit, length = model.config.max_position_embeddings, ids.shape[1]
     if length + max_new_tokens > limit:
-        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones (lower max_new_tokens)"
-        raise ValueError(f"{asked} need more than the model's {limit} positions")
+        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones"
+        raise ValueError(f"{asked} need more than the model's {limit} positions: ask for less")
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     finished = set()
     cache = KeyValueCache(length + max_new_tokens) if use_cache else None

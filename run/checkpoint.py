@@ -13,6 +13,7 @@ sha256: both appear in one rename, so no crash can leave one without the other. 
 newest may be the one that the disk spoilt. Only tensors and plain values are read (weights_only).
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,9 +33,12 @@ class RunFolder:
     """args.out: refuses to lose a run that is already there, or goes on with it."""
 
     def __init__(self, args):
-        self.path = Path(args.out)
-        self.flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.path, self.args = Path(args.out), args
         self.made_from: dict[str, str] = {}  # hashes of all files that the run reads
+
+    @property
+    def flags(self) -> dict:  # of now, for some are settled on the way; plain values
+        return json.loads(json.dumps(vars(self.args), default=str))
 
     def open(self, resume: bool, overwrite: bool) -> tuple[dict | None, str]:
         """Lock the folder; returns the state to go on from, or None, and where it was found. Raises
@@ -56,7 +60,8 @@ class RunFolder:
         elif resume:
             print(f"{self.path}: no state to resume, starting at step 0")
         elif (record.is_file() or states) and not overwrite:
-            cure = "pass --resume to go on with it, --overwrite to replace it, or another --out"
+            go_on = "" if record.is_file() else "--resume to go on with it, "
+            cure = f"pass {go_on}--overwrite to replace it, or another --out"
             raise ValueError(f"{self.path} already holds a run: {cure}")
         parallel.barrier()  # nothing is written before all processes have read
         if parallel.is_main():
@@ -73,7 +78,9 @@ class RunFolder:
     def check_same(self, flags: dict, made_from: dict) -> None:
         for name, value in self.flags.items():
             if name not in NOT_IN_RESULT and flags.get(name) != value:
-                ran = f"it ran with {flags.get(name)}; use that, or another --out"
+                ran = flags.get(name)
+                ran = "without it" if ran is None or ran is False else f"with {ran}; use that"
+                ran = f"it ran {ran}, or pass another --out"
                 raise ValueError(f"cannot resume {self.path} with --{name} {value}: {ran}")
         cure = "put that back, pass --overwrite to start again, or another --out"
         check_unchanged(made_from, self.path, cure)

@@ -7,6 +7,7 @@ ece             expected calibration error: |confidence - accuracy| of the top t
                 over 15 equal bins of confidence (Guo et al. 2017, 1706.04599)
 kl              mean KL(teacher || student) at T = 1, nats a token
 agreement       share of tokens where student and teacher have the same top token
+teacher_loss    the teacher's own val_loss: what is there to be learned from it
 """
 
 import math
@@ -26,10 +27,10 @@ def evaluate(
     student, batches: Iterable[tuple[Tensor, Tensor]], bytes_per_token=None, teacher=None
 ) -> dict[str, float]:
     """Metrics of `student` over batches of (input_ids, labels), both (B, S); labels of -100 do not
-    count. With `teacher`, kl and agreement are added. Logits are made for a chunk at a time."""
+    count. With `teacher`, the last three are added. Logits are made for a chunk at a time."""
     device, size = student.lm_head.weight.device, chunk_size(len(student.lm_head.weight))
     # Sums are kept on the CPU: Apple's MPS has no float64.
-    sums = torch.zeros(4, dtype=torch.float64)  # tokens, loss, kl, agreeing
+    sums = torch.zeros(5, dtype=torch.float64)  # tokens, loss, kl, agreeing, teacher
     bins = torch.zeros(2, BINS, dtype=torch.float64)  # confidence, correct
     for input_ids, labels in batches:
         input_ids, labels = input_ids.to(device), labels.to(device)
@@ -46,11 +47,12 @@ def evaluate(
                 teacher_logits = teacher.lm_head(teacher_hidden[rows]).float()
                 values.append(kl_divergence(logits, teacher_logits, 1.0))
                 values.append((top == teacher_logits.argmax(-1)).float())
+                values.append(cross_entropy(teacher_logits, labels[rows]))
             sums[: len(values)] += torch.stack(values).cpu().double().sum(-1)
             index = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
             correct = (top == labels[rows]).float()
             bins.index_add_(1, index, torch.stack((confidence, correct)).cpu().double())
-    tokens, loss, kl, agreeing = sums.tolist()
+    tokens, loss, kl, agreeing, teacher_loss = sums.tolist()
     if not tokens:
         raise ValueError("no token to evaluate: the held-out data has no label")
     loss = loss / tokens
@@ -58,5 +60,6 @@ def evaluate(
     if bytes_per_token is not None:
         metrics["bits_per_byte"] = loss / math.log(2) / bytes_per_token
     metrics["ece"] = float((bins[0] - bins[1]).abs().sum() / tokens)
-    of_teacher = {"kl": kl / tokens, "agreement": agreeing / tokens}
+    of_teacher = {"kl": kl, "agreement": agreeing, "teacher_loss": teacher_loss}
+    of_teacher = {name: value / tokens for name, value in of_teacher.items()}
     return metrics if teacher is None else metrics | of_teacher

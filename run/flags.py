@@ -2,11 +2,19 @@
 files/command.py."""
 
 from argparse import ArgumentParser, BooleanOptionalAction
+from contextlib import suppress
 from pathlib import Path
 
-from files import check_ranges
+from files import check_ranges, read_json
+from model.config import PRESETS
 
 from . import parallel
+
+FINE_TUNING, TIMES_WIDTH = 2e-5, 0.2  # peak rates, see choose_optimizer
+
+
+class DefaultRate(float):
+    """A learning rate that nobody typed: the one of a new model."""
 
 
 def add_common_flags(
@@ -43,9 +51,11 @@ def add_common_flags(
     add("--seq_len", type=int, default=128, help="tokens of a sequence (the most, for chat)")
     parts = "parts of a batch, computed one by one in less memory; at most --batch_size"
     add("--accumulation_steps", type=int, default=1, help=parts)
-    optimizer = "muon: Muon for the hidden matrices, AdamW for the rest; adamw: AdamW for all"
-    add("--optimizer", default="muon", choices=("muon", "adamw"), help=optimizer)
-    add("--learning_rate", type=float, default=0.012, help="peak rate, above 0")
+    muon = "muon: Muon for hidden matrices, AdamW for the rest; auto: muon where the model is new"
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help=muon)
+    rate = DefaultRate(defaults.pop("learning_rate", 0.012))
+    peak = "peak rate, less by default where the student is a folder (docs/glossary.md)"
+    add("--learning_rate", type=float, default=rate, help=peak)
     add("--warmup", type=int, default=50, help="steps of linear warm-up")
     add("--weight_decay", type=float, default=0.1, help="of matrices")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: not clipped")
@@ -55,6 +65,23 @@ def add_common_flags(
     add("--final_eval", type=int, default=400, help="held-out sequences of the last evaluation")
     add("--patience", type=int, default=0, help="most evaluations without a better loss; 0: any")
     parser.set_defaults(**defaults)
+
+
+def choose_optimizer(args, student: str, width: int) -> None:
+    """Settle --optimizer and --learning_rate where nobody typed them. A folder's weights are to
+    keep what they know: AdamW at FINE_TUNING, or where a run here made them at a rate that goes
+    with 1 / width (Yang et al. 2022, 2203.03466), but not above the one that they were made at."""
+    is_new, rate = student in PRESETS, args.learning_rate
+    if not is_new and isinstance(rate, DefaultRate):
+        rate, record = FINE_TUNING, Path(student.removesuffix("/best"), "run.json")
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+            before = float(read_json(record)["args"]["learning_rate"])
+            rate = min(float(f"{TIMES_WIDTH / width:.2g}"), before)
+    if args.optimizer == "auto":
+        args.optimizer = "muon" if is_new else "adamw"
+    args.learning_rate = float(rate)
+    if not is_new:
+        print(f"{student}: learns by {args.optimizer} at rate {rate:g} from what its weights know")
 
 
 def check_flags(args) -> None:

@@ -40,7 +40,7 @@ class Optimizer:
                 kind = kind if hasattr(module, "lm_head") else extra
                 if parameter.requires_grad:
                     kind.append(parameter)
-        rate, decay, muon = args.learning_rate, args.weight_decay, args.optimizer == "muon"
+        rate, decay, muon = args.learning_rate, args.weight_decay, args.optimizer != "adamw"
         groups = [
             {"params": embeddings, "weight_decay": decay},
             {"params": vectors, "weight_decay": 0.0},  # a norm's scale should not shrink

@@ -31,7 +31,7 @@ from model.checkpoint import checkpoint_files
 
 from . import parallel, shards
 from .batches import Accumulated, count_parts, micro_batches
-from .flags import check_flags
+from .flags import check_flags, choose_optimizer
 from .optimizer import Optimizer
 from .signals import noted_signals
 from .training import Training
@@ -69,6 +69,8 @@ class Run:
         model = make_or_load(name, data.vocab_size, data)
         if name not in PRESETS:
             self.training.folder.made_from |= hashes(*checkpoint_files(name))
+        if not self.training.students:
+            choose_optimizer(self.args, name, model.config.hidden_size)
         self.training.students.append(self.to_device(model))
         return self.training.students[-1]
 
@@ -99,7 +101,7 @@ class Run:
         args, training, meter = self.args, self.training, self.training.meter
         self.sources |= {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256}
         training.folder.made_from |= hashes(*getattr(data, "files", ()))
-        training.begin(data)
+        training.begin(data, *self.teachers[:1])
         parts = count_parts(args.batch_size, args.accumulation_steps, data.padded)
         with noted_signals() as signals, training.progress:
             while not training.is_over():
@@ -162,4 +164,6 @@ class Run:
         training.finish(record)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"{self.args.out}: {shown}, {record['seconds']:.0f} s")
+        if teacher is not None:
+            training.compare(metrics)
         return record

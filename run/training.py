@@ -36,8 +36,9 @@ class Training:
         self.last: Accumulated | None = None  # the last batch that was learned from
         self.skipped = 0  # batches left out in a row
 
-    def begin(self, data) -> None:
-        """Refuse to lose a run that is already there; go on with it under --resume."""
+    def begin(self, data, teacher=None) -> None:
+        """Refuse to lose a run that is already there; go on with it under --resume. A new one says
+        first how well the teacher itself knows the data."""
         self.data = data
         state, source = self.folder.open(self.args.resume, self.args.overwrite)
         if state is not None:
@@ -47,6 +48,8 @@ class Training:
                 other = f"{source} has no {error}: another version wrote it"
                 raise ValueError(f"{other}; start again with --overwrite") from None
             print(f"{self.args.out}: resuming after step {self.step}, from {source}")
+        elif teacher is not None:
+            self.compare(self.evaluate(EVALUATED, teacher))
         self.progress = self.log.bar(self.meter.total_steps(self.step), self.step)
         self.meter.started = time.perf_counter()  # models and data are loaded
 
@@ -93,7 +96,9 @@ class Training:
             path, student = self.folder.path / "nonfinite.json", self.students[0]
             message = report_nonfinite(path, student, self.step + 1, batch, norm)
             if self.args.on_nonfinite == "stop" or self.skipped > MOST_SKIPPED or self.step == 0:
-                cure = f"lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip"
+                cure = (
+                    f"lower --learning_rate ({self.args.learning_rate:g}), or try --grad_clip 0.1"
+                )
                 raise ValueError(f"{message}; the weights were not changed: {cure}")
             self.progress.write(f"{message}: batch left out")
             return
@@ -130,6 +135,7 @@ class Training:
             if self.saved_step != self.step:
                 self.save_state()
             again = "go on with the same command and --resume"
+            again += " instead of --overwrite" if self.args.overwrite else ""
             raise KeyboardInterrupt(f"saved at step {self.step}; {again}")
 
     def finite_totals(self) -> tuple[float, dict[str, float]]:
@@ -137,7 +143,7 @@ class Training:
         step left is saved."""
         loss, parts = self.last.totals()
         if not math.isfinite(loss):
-            cure = f"lower --learning_rate ({self.args.learning_rate:g}) or --grad_clip"
+            cure = f"lower --learning_rate ({self.args.learning_rate:g}), or try --grad_clip 0.1"
             raise ValueError(f"the loss at step {self.step} is {loss}: {cure}; nothing was saved")
         return loss, parts
 
@@ -145,6 +151,12 @@ class Training:
         waited = (self.step - self.best_step) // self.args.eval_every
         patience = self.args.patience > 0 and self.best_step > 0 and waited >= self.args.patience
         return patience or self.meter.is_spent(self.step)
+
+    def compare(self, metrics: dict[str, float]) -> None:
+        """Say how well teacher and student know the data, and if the teacher knows it less."""
+        both = "held-out loss: teacher {teacher_loss:.4g}, student {val_loss:.4g}".format(**metrics)
+        worse = "; the teacher is worse: one that was first trained on this data has more to teach"
+        print(both + worse * (metrics["teacher_loss"] > metrics["val_loss"]))
 
     def evaluate(self, most: int, teacher=None) -> dict[str, float]:
         """Metrics on held-out data, of the first student, and under other names of the others."""

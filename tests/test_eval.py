@@ -60,6 +60,8 @@ def test_metrics_worked_by_hand():
     kl_second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
     assert metrics["kl"] == pytest.approx((kl_first + kl_second) / 2, abs=1e-6)
     assert metrics["agreement"] == pytest.approx(0.5)  # a tie ranks token 0 first
+    of_teacher = -(math.log(0.5) + math.log(0.75)) / 2
+    assert metrics["teacher_loss"] == pytest.approx(of_teacher, abs=1e-6)
     assert metrics["ece"] == pytest.approx(0.25, abs=1e-6)  # sure at 3/4, right half the time
 
 

@@ -252,7 +252,7 @@ def test_the_last_evaluation_is_of_as_many_as_asked(
 
     def evaluate(student, batches, *more, **options):
         seen.append(sum(len(input_ids) for input_ids, _ in batches))
-        return {"val_loss": 1.0}
+        return {"val_loss": 1.0, "teacher_loss": 1.0}
 
     monkeypatch.setattr(run.training, "evaluate", evaluate)
     run_script(script, *words, "--final_eval", "2", "--out", tmp_path / "run")
