@@ -35,6 +35,7 @@ import train_pretrain
 from distill import fused_loss
 from distill.sparse import top_k
 from files import atomic_path, check_ranges, command_line, new_parser
+from files.atomic import check_path
 from methods import cached_teacher
 from model import ModelConfig, Transformer, generate
 from model import device as machine
@@ -212,6 +213,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(args) -> list[dict]:
     check_ranges(args)
+    check_path(args.out, is_folder=False)
     machine.keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.available_cores())

@@ -11,6 +11,8 @@ draw, sorted by length: cut into micro-batches, each at its own longest row, lit
 import hashlib
 import json
 import re
+from collections import Counter
+from copy import copy
 
 import numpy as np
 import torch
@@ -21,30 +23,55 @@ from torch.nn.utils.rnn import pad_sequence
 from files import known_hash, tokenizer_hash
 
 from .packing import epoch_order
-from .sources import read_jsonl
+from .problems import answer_of, number_of
+from .sources import LeftOut, read_jsonl
 from .tokenizer import TAGS, encode, encode_tagged, load_tokenizer, special_id
 
 IGNORE = -100
 PAD_ID = 0
-ROLES = ("system", "user", "assistant")
+ROLES, TOOLS = ("system", "user", "assistant"), ("tool", "function")
 THINK_SPAN = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
-def check_conversation(value: dict, where: str, need_answer: bool = True) -> list[dict]:
-    """The "conversations" list of a jsonl line. Raises ValueError naming what is wrong in it."""
-    turns = value.get("conversations")
+def check_conversation(
+    value: dict, where: str, need_answer: bool = True, tags: bool = True, left_out=None
+) -> list[dict]:
+    """The "conversations" of a jsonl line, of each turn its role and content; reasoning_content
+    becomes a <think> span where the tokenizer has `tags`. What no lesson reads is left out: turns
+    of tools, other fields, empty replies; left_out, a Counter, counts it. Raises ValueError naming
+    what is wrong, LeftOut where the assistant does nothing but call tools."""
+    turns, kept, found = value.get("conversations"), [], Counter()
     if not isinstance(turns, list) or not turns:
         form = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
         raise ValueError(f'{where} needs "conversations": {form}')
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            role = turn.get("role") if isinstance(turn, dict) else turn
+        role = turn.get("role") if isinstance(turn, dict) else turn
+        if not isinstance(turn, dict) or role not in (*ROLES, *TOOLS):
             raise ValueError(f"{where}: role {role!r} must be one of {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
-            raise ValueError(f'{where}: the {turn["role"]} turn needs a "content" that is text')
-    if need_answer and not any(x["content"] for x in turns if x["role"] == "assistant"):
-        raise ValueError(f"{where} has no assistant turn with words in it: nothing to learn from")
-    return turns
+        if role in TOOLS:
+            found["turns of tools"] += 1
+            continue
+        content, thought = (turn.get(name) for name in ("content", "reasoning_content"))
+        if content is None and turn.get("tool_calls"):
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f'{where}: the {role} turn needs a "content" that is text')
+        read = ["role", "content"]
+        if role == "assistant" and tags and isinstance(thought, str) and "<think>" not in content:
+            read.append("reasoning_content")
+        found.update(name for name in turn if turn[name] and name not in read)
+        if role == "assistant" and not content.strip():
+            found["empty replies"] += 1
+            continue
+        if thought and "reasoning_content" in read:
+            content = f"<think>\n{thought}\n</think>\n{content}"
+        kept.append({"role": role, "content": content})
+    if left_out is not None:
+        left_out.update(found)
+    if need_answer and not any(turn["role"] == "assistant" for turn in kept):
+        kind = LeftOut if found.keys() - {"empty replies"} else ValueError
+        raise kind(f"{where} has no assistant turn with words in it: nothing to learn from")
+    return kept
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[int], list[int]]:
@@ -84,12 +111,12 @@ def gsm8k_conversation(value: dict, where: str) -> dict:
         raise ValueError(f'{where} needs "question" and "answer": "... #### 42" (GSM8K)')
     reasoning, final = answer.rsplit("####", 1)
     reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()  # calculator notes
-    final = final.strip().replace(",", "")
-    if not re.fullmatch(r"-?[0-9]{1,40}", final):
-        raise ValueError(f"{where}: the answer after #### is {final[:40]!r}, not a whole number")
+    if number_of(final) is None:
+        raise LeftOut(f"{where}: the answer after #### is {final.strip()[:40]!r}, not a number")
+    final = re.sub("[$,%]", "", final.strip())
     content = f"<think>\n{reasoning}\n</think>\n<answer>\n{final}\n</answer>"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
-    return {"conversations": turns, "answer": int(final)}
+    return {"conversations": turns, "answer": answer_of(final)}
 
 
 class ChatData:
@@ -109,37 +136,44 @@ class ChatData:
         self.path, self.tokenizer_folder = path, tokenizer_folder
         self.tokenizer = load_tokenizer(tokenizer_folder)
         self.vocab_size = self.tokenizer.get_vocab_size()
-        self.cut = 0
-        self.examples: list[tuple[Tensor, Tensor]] = []
+        tags = all(self.tokenizer.token_to_id(tag) is not None for tag in TAGS)
+        left_out: Counter[str] = Counter()
 
-        def add(value: dict, where: str) -> None:
-            turns = check_conversation(value, where)
-            if held_out(turns, val_share) != (split == "val"):
-                return
+        def parse(value: dict, where: str) -> tuple[float, bool, tuple[Tensor, Tensor]]:
+            """The place of its question, whether it is cut, and input_ids and labels."""
+            turns = check_conversation(value, where, tags=tags, left_out=left_out)
+            place = question_place(turns)
             if answers_only:
                 turns = only_answer(turns)
-                check_conversation({"conversations": turns}, f"{where}, answers only")
+                turns = check_conversation({"conversations": turns}, f"{where}, answers only")
             ids, labels = encode_conversation(self.tokenizer, turns)
-            self.cut += len(ids) > max_len
             if set(labels[:max_len]) == {IGNORE}:
                 none = f"no word of the assistant is within the first {max_len} tokens"
                 raise ValueError(f"{where}: {none}: raise --seq_len")
-            kept = (ids[:max_len], labels[:max_len])
-            self.examples.append(tuple(torch.tensor(x, dtype=torch.int32) for x in kept))
+            kept = (torch.tensor(x[:max_len], dtype=torch.int32) for x in (ids, labels))
+            return place, len(ids) > max_len, tuple(kept)
 
-        total = len(read_jsonl(path, add, skip_bad, tell=split == "train"))
-        if not self.examples:
-            none = f"none of its {total} conversations falls into the {split} split"
-            raise ValueError(f"{path}: {none} ({val_share:.0%} are held out): add more")
-        self.size = len(self.examples)
-        self.lengths = np.array([len(ids) for ids, _ in self.examples])
+        found = read_jsonl(path, parse, skip_bad, left_out)
+        limit = held_out_below([place for place, *_ in found], val_share)
+        parts = {"train": [], "val": []}
+        for place, *example in found:
+            parts["val" if place < limit else "train"].append(example)
+        for name, part in parts.items():
+            if not part and (name == split or val_share > 0):
+                none = f"none of its {len(found)} conversations falls into the {name} split"
+                raise ValueError(f"{path}: {none} ({val_share:.0%} are held out): add more")
+        self.sha256, self.tokenizer_sha256 = known_hash(path), tokenizer_hash(tokenizer_folder)
+        self.files = [path, f"{tokenizer_folder}/tokenizer.json"]
         self.held_out = None
-        if split == "train":
-            self.sha256, self.tokenizer_sha256 = known_hash(path), tokenizer_hash(tokenizer_folder)
-            self.files = [path, f"{tokenizer_folder}/tokenizer.json"]
         if split == "train" and val_share > 0:
-            options = (max_len, val_share, answers_only, skip_bad)
-            self.held_out = ChatData(path, tokenizer_folder, "val", *options)
+            self.held_out = copy(self)
+            self.held_out.hold(parts["val"])
+        self.hold(parts[split])
+
+    def hold(self, part: list[tuple]) -> None:
+        self.examples = [example for _, example in part]
+        self.size, self.cut = len(part), sum(is_cut for is_cut, _ in part)
+        self.lengths = np.array([len(ids) for ids, _ in self.examples])
 
     def special_ids(self) -> tuple[tuple[int, ...], int]:
         """Ids of the four reasoning tags, and of the end of a turn. Raises ValueError without."""
@@ -164,9 +198,16 @@ class ChatData:
             yield self.collate(chosen[start : start + batch_size])
 
 
-def held_out(turns: list[dict], val_share: float, salt: str = "") -> bool:
-    """Whether a conversation is held out, by a hash of what the user asked."""
+def question_place(turns: list[dict], salt: str = "") -> float:
+    """A hash of what the user asked, as a number of at least 0 and below 1."""
     # Two splits of one file need two salts, or the second finds nothing left to hold out.
     asked = salt + json.dumps([turn["content"] for turn in turns if turn["role"] == "user"])
-    digest = hashlib.sha256(asked.encode("utf-8")).digest()
-    return int.from_bytes(digest[:4], "big") < val_share * 2**32
+    return int.from_bytes(hashlib.sha256(asked.encode("utf-8")).digest()[:4], "big") / 2**32
+
+
+def held_out_below(places: list[float], share: float) -> float:
+    """The limit below which a question's place holds it out: `share`, moved so far that both sides
+    have a question (unless there is only one, or a side is not wanted)."""
+    if not 0 < share < 1:
+        return share
+    return min(max(share, min(places) + 2**-32), max(places))

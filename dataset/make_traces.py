@@ -4,9 +4,9 @@
     python train_distill_reason.py --data out/traces.jsonl --out out/from_teacher
 
 The student then learns from the teacher's words alone (sequence-level distillation: Kim & Rush
-2016, 1606.07947). --keep verified keeps a trace if its answer is the problem's, --keep all any;
---samples > 1 gives every problem several tries. A second call resumes after the last whole chunk,
-if teacher and prompts are still the same.
+2016, 1606.07947). --keep verified keeps a trace if its answer is the problem's, --keep all any, but
+none that was cut at --max_new_tokens; --samples > 1 gives every problem several tries. A second
+call resumes after the last whole chunk, if teacher and prompts are still the same.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from model import load_model
 from model.checkpoint import checkpoint_files
 from model.device import choose_device, keep_freed_memory
 
-from .problems import check_response
-from .replies import read_problems, write_replies
+from .problems import is_answer
+from .replies import MAX_NEW_TOKENS, read_problems, write_replies
 from .tokenizer import decode, load_tokenizer
 
 CHUNK = 1000  # problems between two writes
@@ -38,6 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/traces.jsonl"), help="jsonl to write")
     add("--samples", type=int, default=1, help="tries for a problem")
     add("--temperature", type=float, default=0.0, help="of sampling; 0: greedy")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="of one trace")
     add("--keep", choices=("verified", "all"), default="verified", help="traces of right answers")
     add("--seed", type=int, default=0, help="of sampling")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -47,7 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(args) -> dict:
     check_ranges(args, temperature=TEMPERATURES)
-    files.check_apart(args)
+    files.check_apart(args, is_folder=False)
     keep_freed_memory()
     device = choose_device(args.device)
     if args.samples > 1 and args.temperature == 0:
@@ -61,43 +62,47 @@ def main(args) -> dict:
     options["made_from"] = files.hashes(*checkpoint_files(args.teacher), args.prompts)
     if args.overwrite:
         finished.unlink(missing_ok=True)
-    out = files.GrowingFile(args.out, options, args.overwrite, problems=0, written=0, kept=0)
+    counts = dict.fromkeys(("problems", "written", "kept", "cut"), 0)
+    out = files.GrowingFile(args.out, options, args.overwrite, **counts)
     tries, done = (args.samples * count for count in (len(problems), out.record["problems"]))
     with out.file, progress_bar(tries, args.out.name, done, unit="trace") as bar:
         while (first := out.record["problems"]) < len(problems):
             chunk = problems[first : first + CHUNK]
-            found = traces(teacher, tokenizer, chunk, args, args.seed * 10**6 + first, bar)
+            found, cut = traces(teacher, tokenizer, chunk, args, args.seed * 10**6 + first, bar)
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)
             out.file.writelines(line.encode("utf-8") for line in lines)
             last, kept = first + len(chunk), out.record["kept"] + len(found)
-            out.commit(problems=last, written=last * args.samples, kept=kept)
-    counts = {name: out.record[name] for name in ("problems", "written", "kept")}
-    kept, written = counts["kept"], counts["written"]
-    print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / max(1, written):.1%})")
+            cut += out.record["cut"]
+            out.commit(problems=last, written=last * args.samples, kept=kept, cut=cut)
+    counts = {name: out.record[name] for name in counts}
+    _, written, kept, cut = counts.values()
+    cuts = f"; {cut:,} were cut at {args.max_new_tokens} tokens" if cut else ""
+    print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / max(1, written):.1%}){cuts}")
     if not kept:
         args.out.unlink()  # or what the advice says would find it in its way
         out.record_path.unlink()
-        raise ValueError(f"no trace of {args.teacher} passed: train it longer, or use --keep all")
+        cure = "raise --max_new_tokens" if 2 * cut > written else "use --keep all"
+        raise ValueError(f"no trace of {args.teacher} passed{cuts}: train it longer, or {cure}")
     files.write_json(finished, {"args": options, **counts})
     files.unlock(args.out)
     return counts
 
 
-def traces(teacher, tokenizer, problems: list[dict], args, seed: int, bar) -> list[dict]:
-    """The jsonl lines of the tries that are kept."""
+def traces(teacher, tokenizer, problems, args, seed: int, bar) -> tuple[list[dict], int]:
+    """The jsonl lines of the tries that are kept, and how many tries were cut."""
     generator = torch.Generator(device=teacher.lm_head.weight.device).manual_seed(seed)
     tries = [problem for problem in problems for _ in range(args.samples)]
     sampling = {"temperature": args.temperature, "generator": generator, "bar": bar}
-    kept = {}
-    for number, ids in enumerate(write_replies(teacher, tokenizer, tries, **sampling)):
+    kept, cut, most = {}, 0, args.max_new_tokens
+    for number, ids in enumerate(write_replies(teacher, tokenizer, tries, most, **sampling)):
         problem, content = tries[number], decode(tokenizer, ids)
-        answer = check_response(problem["turns"][-1]["content"], content).answer
-        passed = args.keep == "all" or (answer is not None and answer == problem["answer"])
-        if passed and content:  # the same words twice are one trace
+        cut += len(ids) == most
+        passed = args.keep == "all" or is_answer(content, problem["answer"])
+        if passed and content.strip() and len(ids) < most:  # the same words twice are one trace
             turns = [*problem["turns"], {"role": "assistant", "content": content}]
             line = {"conversations": turns, "answer": problem["answer"], "steps": problem["steps"]}
             kept.setdefault((number // args.samples, content), line)
-    return list(kept.values())
+    return list(kept.values()), cut
 
 
 if __name__ == "__main__":

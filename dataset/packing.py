@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from files import atomic_path, known_hash, read_json
+from files.atomic import check_keys
 
 
 def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id: int) -> dict:
@@ -47,15 +48,18 @@ class PackedText:
         about, path = self.folder / "meta.json", self.folder / f"{split}.bin"
         make = f"make it with: python -m dataset.prepare --out {folder}"
         if not about.is_file():
+            if self.folder.is_file():
+                make = "it is a file; --data takes the folder that dataset.prepare makes of it"
             raise ValueError(f"no prepared data in '{folder}': {make}")
-        meta, make = read_json(about), f"{make} --overwrite, and the flags it had"
-        try:
-            dtype, tokens = np.dtype(meta[split]["dtype"]), meta[split]["tokens"]
-            self.bytes_per_token = meta[split]["bytes"] / tokens
-            self.vocab_size, self.tokenizer_sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
-            self.sha256 = meta[split]["sha256"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{about} is damaged ({error}): {make}") from None
+        meta = read_json(about, vocab_size=int, tokenizer_sha256=str, **{split: dict})
+        make = f"{make} --overwrite, and the flags it had"
+        part = check_keys(meta[split], about, dtype=str, tokens=int, bytes=int, sha256=str)
+        known = part["dtype"] in ("uint16", "uint32") and part["bytes"] < 10**18
+        if not known or not part["tokens"]:
+            raise ValueError(f"{about} is damaged (no tokens, or of another type): {make}")
+        dtype, tokens = np.dtype(part["dtype"]), part["tokens"]
+        self.bytes_per_token, self.sha256 = part["bytes"] / tokens, part["sha256"]
+        self.vocab_size, self.tokenizer_sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
         if not path.is_file() or path.stat().st_size != tokens * dtype.itemsize:
             raise ValueError(f"{path} does not hold the {tokens} tokens of meta.json: {make}")
         self.files = [path, self.folder / "tokenizer.json"]
@@ -63,6 +67,9 @@ class PackedText:
             if not file.is_file() or known_hash(file) != digest:
                 raise ValueError(f"{file} is not the one whose sha256 is in meta.json: {make}")
         self.stream = np.memmap(path, dtype=dtype, mode="r")
+        if (largest := self.stream.max()) >= self.vocab_size:
+            outside = f"{path} has the id {largest}, outside its vocabulary of {self.vocab_size}"
+            raise ValueError(f"{outside}: {make}")
         self.size = int((len(self.stream) - 1) // seq_len * share)
         if self.size < 1:
             less = f"a share of {share} is less than one window of {seq_len}: lower --seq_len"

@@ -20,15 +20,16 @@ A call that fails leaves what was there before; meta.json also says what all was
 import argparse
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import files
 from files import check_ranges, command_line, new_parser, read_json, write_json
-from files.atomic import atomic_folder
+from files.atomic import atomic_folder, check_keys
 
-from .chat import check_conversation, gsm8k_conversation, held_out
+from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
 from .packing import PackedText, write_stream
-from .problems import ANSWER, TIERS, Problem, make_problems
+from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
 
@@ -46,7 +47,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--cache", type=Path, default=Path("out/cache"), help="folder for downloaded text")
     add("--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one")
     add("--vocab_size", type=int, default=2048, help="tokens of a new tokenizer")
-    add("--val_share", type=float, default=0.08, help="share of the text that is held out")
+    share = "share that is held out; default 0.08 of the text, 0.1 of --reason"
+    add("--val_share", type=float, help=share)
     add("--tier", choices=tuple(TIERS), default="easy", help="numbers and order of the problems")
     add("--problems", type=int, default=20000, help="training problems")
     add("--prompts", type=int, default=10000, help="problems without traces")
@@ -63,32 +65,34 @@ def problem_line(problem: Problem, with_trace: bool) -> dict:
     return {"conversations": turns, "answer": problem.answer, "steps": problem.steps}
 
 
-def user_reasoning(path: Path, skip_bad: bool) -> tuple[list[dict], list[dict]]:
-    """The user's traces as training and test lines; a tenth is held out by the question's hash."""
+def user_reasoning(path: Path, skip_bad: bool, share: float) -> tuple[list[dict], list[dict]]:
+    """The user's traces as training and test lines; a share is held out by the question's hash."""
 
     def parse(value: dict, where: str) -> dict:
         if "conversations" not in value:
             value = gsm8k_conversation(value, where)
-        last = check_conversation(value, where)[-1]
-        if last["role"] != "assistant":
+        turns = check_conversation(value, where, left_out=left_out)
+        if (last := turns[-1])["role"] != "assistant":
             raise ValueError(f"{where} ends with the {last['role']}'s turn: end with an answer")
-        if found := ANSWER.search(last["content"]):
-            value.setdefault("answer", int(found[1]))
-        return value
+        if found := ANSWER_TEXT.search(last["content"]):
+            value.setdefault("answer", answer_of(found[1]))
+        return {**value, "conversations": turns}
 
-    train, test = [], []
-    for value in read_jsonl(path, parse, skip_bad):
-        (test if held_out(value["conversations"], 0.1, salt="test ") else train).append(value)
-    if not train or not test:
-        counts = f"{len(train)} conversations for training and {len(test)} for the test"
-        raise ValueError(f"{path}: {counts} (a tenth, by hash): add more")
+    left_out: Counter[str] = Counter()
+    lines = read_jsonl(path, parse, skip_bad, left_out)
+    places = [question_place(line["conversations"], salt="test ") for line in lines]
+    limit, train, test = held_out_below(places, share), [], []
+    for line, place in zip(lines, places, strict=True):
+        (test if place < limit else train).append(line)
+    if not test:
+        raise ValueError(f"{path}: all lines ask the same question: add others, to hold out")
     return train, test
 
 
 def reasoning_lines(args) -> dict[str, list[dict]]:
     """What reason_train, reason_prompts and reason_test.jsonl hold."""
     if args.reason is not None:
-        train, test = user_reasoning(args.reason, args.skip_bad)
+        train, test = user_reasoning(args.reason, args.skip_bad, args.val_share or 0.1)
         prompts = [{**v, "conversations": v["conversations"][:-1]} for v in train]
         return {"train": train, "prompts": prompts, "test": test}
     counts = {"train": args.problems, "prompts": args.prompts, "test": args.test_problems}
@@ -110,7 +114,13 @@ def main(args) -> None:
         documents = jsonl_texts(args.jsonl, args.skip_bad)
     else:
         documents = shakespeare(args.cache)
-    training, validation = split_documents(documents, args.val_share)
+    first = {}  # of equal texts one is kept: none may stand in training and in held-out data
+    for name, text in documents:
+        first.setdefault(text.strip(), (name, text))
+    repeated = len(documents) - len(first)
+    documents = list(first.values())
+    val_share = args.val_share or 0.08
+    training, validation = split_documents(documents, val_share)
     # 2. Reasoning problems; and is it made already?
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
@@ -119,12 +129,14 @@ def main(args) -> None:
     made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
     made_from["tokenizer"] = args.tokenizer and files.tokenizer_hash(args.tokenizer)
     content = json.dumps([documents, reasoning]).encode("ascii")
+    made_from["val_share"] = val_share
     made_from["content"] = hashlib.sha256(content).hexdigest()
     files.lock(args.out, wait=True)  # of two calls the second finds it prepared
     files.check_free(args.out, ("meta.json", "new"), args.overwrite)
     if (args.out / "meta.json").is_file() and not args.overwrite:
         PackedText(args.out, "train", 1)  # raises where it is damaged
-        before = read_json(args.out / "meta.json").get("made_from", {})
+        before = {"made_from": {}, **read_json(args.out / "meta.json")}
+        before = check_keys(before, args.out / "meta.json", made_from=dict)["made_from"]
         if other := [name for name, value in made_from.items() if before.get(name) != value]:
             cure = "pass --overwrite to replace it, or another --out"
             raise ValueError(f"{args.out} was prepared with another {', '.join(other)}: {cure}")
@@ -159,7 +171,8 @@ def main(args) -> None:
     train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
     problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())
     tokens = f"{train} tokens for training, {val} held out, a vocabulary of {size:,}"
-    print(f"{args.out}: {tokens}; problems: {problems}")
+    more = f"; repeated documents left out: {repeated:,}" if repeated else ""
+    print(f"{args.out}: {tokens}; problems: {problems}{more}")
 
 
 if __name__ == "__main__":

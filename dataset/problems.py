@@ -21,6 +21,7 @@ import operator
 import random
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 NAMES = "Ann Ben Cal Dan Eve Fay Gus Hal Ida Jim Kim Lee Max Ned Pam Ray Sam Tom Una Val Wes Zoe"
 NAMES = NAMES.split()
@@ -28,8 +29,11 @@ OBJECTS = "pens caps eggs figs nuts cups keys maps bells coins cards books".spli
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 GIVEN = re.compile(r"\w+=([0-9]{1,40})")
 EQUATION = re.compile(r"\w+=([0-9]{1,40})([-+*/])([0-9]{1,40})=([0-9]{1,40})")
-RESPONSE = re.compile(r"<think>\n(.*?)\n</think>\n<answer>\n(-?[0-9]{1,40})\n</answer>", re.DOTALL)
-ANSWER = re.compile(r"<answer>\s*(-?[0-9]{1,40})\s*</answer>")
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}|[0-9]{1,40})(?:\.[0-9]{0,40})?|\.[0-9]{1,40}"
+NUMBER = rf"(?:-?\$?|\$-)(?:{DIGITS})%?"  # 1234, 1,234, -3.5, $10, 50%
+RESPONSE = re.compile(rf"<think>\n(.*?)\n</think>\n<answer>\n({NUMBER})\n</answer>", re.DOTALL)
+ANSWER = re.compile(rf"<answer>\s*({NUMBER})\s*</answer>")
+ANSWER_TEXT = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -138,25 +142,51 @@ def make_problems(
     raise ValueError(f"cannot make {count} different {split} problems: ask for fewer")
 
 
+def number_of(value) -> Fraction | None:
+    """The number that a JSON value is, or a text in a form of NUMBER; None where it is none. A
+    dollar or percent sign is a unit: "50%" is 50."""
+    if isinstance(value, str):
+        value = value.strip()
+        return Fraction(re.sub("[$,%]", "", value)) if re.fullmatch(NUMBER, value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:
+        return None  # what less itself is not 0 is infinite or nan
+    return Fraction(str(value))
+
+
+def answer_of(text: str) -> int | str:
+    """What stands as "answer" in a jsonl: a whole number as one, anything else as written."""
+    number = number_of(text)
+    return text if number is None or number.denominator > 1 else int(number)
+
+
+def is_answer(response: str, answer) -> bool:
+    """Whether the response's <answer> is `answer`: as a number if that is one, else as a text."""
+    if (wanted := number_of(answer)) is not None:
+        found = ANSWER.search(response)
+        return found is not None and number_of(found[1]) == wanted
+    found = ANSWER_TEXT.search(response)
+    return found is not None and found[1] == str(answer).strip()
+
+
 @dataclass(frozen=True)
 class TraceCheck:
     """What is right about a response: its form, its lines, its answer."""
 
     well_formed: bool  # exactly one <think> and one <answer> span, in that order, nothing else
     verified: bool  # well formed, every line true and on known numbers, the last the answer
-    answer: int | None  # the integer in the first <answer> span, in whatever form the rest is
+    answer: Fraction | None  # the first number in an <answer> span, in whatever form the rest is
 
 
 def check_response(question: str, response: str) -> TraceCheck:
     """Check a response without knowing the gold trace."""
     found, match = ANSWER.search(response), RESPONSE.fullmatch(response.strip())
-    answer = int(found[1]) if found else None
+    answer = number_of(found[1]) if found else None
     if match is None or any(tag in match[1] for tag in ("<think>", "<answer>", "</")):
         return TraceCheck(False, False, answer)
     return TraceCheck(True, proves(match[1], question, answer), answer)
 
 
-def proves(lines: str, question: str, answer: int | None) -> bool:
+def proves(lines: str, question: str, answer: Fraction | None) -> bool:
     """Whether every line is true, one computes, and the last ends in the answer. A line quotes the
     question (or nothing), then has a colon and "name=a" with a number of the question, or
     "name=a op b=c" with c right, and a and b in the question or computed above."""

@@ -6,6 +6,7 @@ from files.progress import progress_bar
 from model import generate
 
 from .chat import check_conversation, encode_prompt
+from .problems import check_response, number_of
 from .sources import read_jsonl
 from .tokenizer import special_id
 
@@ -14,15 +15,24 @@ BATCH = 100  # more at once are not faster on a CPU, and take memory
 
 
 def read_problems(path) -> list[dict]:
-    """The jsonl's problems: their turns up to the last user turn, answer, and steps if given."""
+    """The jsonl's problems: their turns up to the last user turn, answer, and steps (0 for none).
+    checkable: whether lines of a reply can be verified, as those of its gold reply can; without a
+    gold reply, whether it has steps, as generated problems do."""
 
     def parse(value: dict, where: str) -> dict:
         turns = check_conversation(value, where, need_answer=False)
-        while turns and turns[-1]["role"] != "user":
-            turns = turns[:-1]
-        if not turns or "answer" not in value:
-            raise ValueError(f'{where} needs a user turn and an "answer"')
-        return {"turns": turns, "answer": value["answer"], "steps": value.get("steps", 0)}
+        asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+        gold, turns = turns[asked + 1 :], turns[: asked + 1]
+        answer, steps = value.get("answer"), value.get("steps", 0)
+        is_text = isinstance(answer, str) and answer.strip()
+        if not turns or not (is_text or number_of(answer) is not None):
+            raise ValueError(f'{where} needs a user turn and an "answer", a number or a text')
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f'{where}: "steps" {steps!r} must be a whole number, 0 or more')
+        checkable = "steps" in value
+        if gold:
+            checkable = check_response(turns[-1]["content"], gold[0]["content"]).verified
+        return {"turns": turns, "answer": answer, "steps": steps, "checkable": checkable}
 
     return read_jsonl(path, parse)
 

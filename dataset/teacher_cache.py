@@ -75,7 +75,7 @@ def read_header(path) -> dict:
             if type(header[name]) is not int or not least <= header[name] <= 10**12:
                 raise ValueError(f"{name} {header[name]!r}")
         size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize + HASH_BYTES
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a teacher cache ({error}): pass another path") from None
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path} has {found:,} bytes, its header says {size:,}: delete it, {make}")
@@ -142,7 +142,7 @@ def parse_args(argv=None):
 def main(args) -> dict:
     check_ranges(args)
     path = args.out = args.out or Path(f"out/{args.method}.cache")
-    files.check_apart(args)
+    files.check_apart(args, is_folder=False)
     keep_freed_memory()
     device = choose_device(args.device)
     args.dtype = choose_precision(args.dtype, device)

@@ -7,12 +7,14 @@ knows the four reasoning tags.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import atomic_path, write_json
+from files import atomic_path, read_json, write_json
+from files.atomic import check_file
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # ids 3 to 6
 # 0: padding and end of a document; 1: begin, 2: end of a turn
@@ -58,14 +60,32 @@ def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
     write_json(Path(folder) / "tokenizer_config.json", config)
 
 
+@contextmanager
+def as_value_error(what: str, cure: str) -> Iterator[None]:
+    """What the library raises, as ValueError: a bare Exception, and of a panic not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({error}): {cure}") from None
+
+
 def load_tokenizer(folder) -> Tokenizer:
     """The tokenizer of a data or checkpoint folder. Raises ValueError naming what is wrong."""
-    try:
-        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    except Exception as error:  # the library raises it bare, for no file and for a malformed one
-        make = "make one with: python -m dataset.prepare"
-        raise ValueError(f"no tokenizer in '{folder}' (tokenizer.json: {error}): {make}") from None
+    folder, make = Path(folder), "make one with: python -m dataset.prepare"
+    with as_value_error(f"no tokenizer in '{folder}': tokenizer.json", make):
+        tokenizer = Tokenizer.from_file(str(check_file(folder / "tokenizer.json")))
     tokenizer.encode_special_tokens = True
+    size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
+    if largest >= size:  # a model of `size` tokens would have no row for it
+        few = f"the tokenizer of '{folder}' has {size} tokens, but the id {largest}"
+        raise ValueError(f"{few}: use one that leaves no id out")
+    if (folder / "config.json").is_file():
+        most = read_json(folder / "config.json", vocab_size=int)["vocab_size"]
+        if size > most:
+            other = f"the tokenizer of '{folder}' has {size} tokens, its model {most}"
+            raise ValueError(f"{other}: copy in the one that the model was trained with")
     return tokenizer
 
 
@@ -77,7 +97,8 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of every text, like `encode`, on all cores."""
     # Fast: without where in the text each token stands, which took a third of the time.
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with as_value_error("the tokenizer cannot read a text", "use another"):
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 

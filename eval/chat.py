@@ -10,6 +10,7 @@ was said.
 """
 
 import argparse
+import sys
 
 import torch
 
@@ -87,6 +88,8 @@ def main(args) -> None:
             )
         speakers.append((folder, model, load_tokenizer(folder), []))
     generator = torch.Generator(device=device).manual_seed(args.seed)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 are no reason to stop
     while True:
         try:
             said = input("> ")

@@ -351,7 +351,11 @@ def draw_all(results: Path) -> list[Path]:
         if not is_measured(results, name):
             continue
         figure = plt.figure(figsize=size, layout="constrained")
-        draw(results, figure)
+        try:
+            draw(results, figure)
+        except (KeyError, ValueError, IndexError, ZeroDivisionError, StopIteration) as error:
+            what = f"{Path(results) / name} cannot be drawn ({type(error).__name__}: {error})"
+            raise ValueError(f"{what}: its CSV is not what eval.reproduce writes") from error
         figure.draw_without_rendering()  # makes the layout, by which labels are placed
         for axis in figure.axes:
             drawing.label_lines(axis)

@@ -5,9 +5,10 @@
 
 For every number of steps:
 
-    accuracy      share of answers that equal the problem's, exactly
+    accuracy      share of answers that equal the problem's, as numbers ("1,234" is 1234)
     well_formed   share of the form <think>...</think> <answer>...</answer> and nothing else
-    verified      share of which every line is a true equation on known numbers, the last the answer
+    verified      share of which every line is a true equation on known numbers, the last the
+                  answer; "-" where gold traces are in another form (GSM8K's prose)
     think_tokens  mean tokens inside <think>...</think>
 
 Every answer is written to a jsonl: counts can be wrong, and the words show how.
@@ -17,10 +18,10 @@ import argparse
 import json
 from pathlib import Path
 
-from dataset.problems import check_response
-from dataset.replies import read_problems, write_replies
+from dataset.problems import check_response, is_answer
+from dataset.replies import MAX_NEW_TOKENS, read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer, special_id
-from files import atomic_path, check_apart, command_line, new_parser
+from files import atomic_path, check_apart, check_ranges, command_line, new_parser
 from model import load_model
 from model.device import choose_device, keep_freed_memory
 
@@ -41,8 +42,8 @@ def judge(tokenizer, problem: dict, ids: list[int]) -> dict:
     return {
         "question": question, "reply": reply, "answer": problem["answer"],
         "steps": problem["steps"],
-        "correct": check.answer is not None and check.answer == problem["answer"],
-        "well_formed": check.well_formed, "verified": check.verified,
+        "correct": is_answer(reply, problem["answer"]), "well_formed": check.well_formed,
+        "verified": check.verified if problem.get("checkable", True) else None,
         "think_tokens": think_tokens(tokenizer, ids),
     }  # fmt: skip
 
@@ -52,17 +53,24 @@ def summarise(judged: list[dict]) -> dict[int, dict]:
     table = {}
     for steps in [0, *sorted({line["steps"] for line in judged} - {0})]:
         lines = [line for line in judged if steps in (0, line["steps"])]
-        names = ("correct", "well_formed", "verified", "think_tokens")
-        means = {name: sum(line[name] for line in lines) / len(lines) for name in names}
+        means = {}
+        for name in ("correct", "well_formed", "verified", "think_tokens"):
+            values = [line[name] for line in lines if line[name] is not None]
+            means[name] = sum(values) / len(values) if values else None
         table[steps] = {"problems": len(lines), "accuracy": means.pop("correct"), **means}
     return table
 
 
-def evaluate_reasoning(folder, problems_path, answers_path, device) -> dict[int, dict]:
+def evaluate_reasoning(
+    folder, problems_path, answers_path, device, max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[int, dict]:
     """Answer all problems greedily; write the answers; return `summarise`'s table."""
     student, tokenizer = load_model(folder, device), load_tokenizer(folder)
     problems = read_problems(problems_path)
-    replies = write_replies(student, tokenizer, problems)
+    replies = write_replies(student, tokenizer, problems, max_new_tokens)
+    if cut := sum(len(ids) == max_new_tokens for ids in replies):
+        limit = f"cut at {max_new_tokens} tokens: raise --max_new_tokens"
+        print(f"{cut:,} of {len(replies):,} replies of {folder} were {limit}")
     judged = [judge(tokenizer, p, ids) for p, ids in zip(problems, replies, strict=True)]
     with atomic_path(answers_path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in judged]
@@ -80,28 +88,33 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--out", type=Path, default=None, help="jsonl of answers; default MODEL/answers.jsonl"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
+    limit = "of one reply; longer ones are cut, and counted"
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=limit)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
+    check_ranges(args)
     keep_freed_memory()
     answers = args.out or Path(args.model) / "answers.jsonl"
     folder = Path(args.model)
     if args.out is None and folder.is_dir() and not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not a model that was trained here: name a file with --out")
     if args.out is not None:
-        check_apart(args)
+        check_apart(args, is_folder=False)
         if args.out.exists() and not args.overwrite:
             raise ValueError(f"{args.out} exists: pass --overwrite to replace it, or another --out")
-    table = evaluate_reasoning(args.model, args.problems, answers, choose_device(args.device))
+    device, most = choose_device(args.device), args.max_new_tokens
+    table = evaluate_reasoning(args.model, args.problems, answers, device, most)
     print(
         f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"
     )
     for steps, row in table.items():
+        verified = "-" if row["verified"] is None else f"{row['verified']:.1%}"
         print(
             f"{steps or 'all':>5} {row['problems']:8d} {row['accuracy']:8.1%} "
-            f"{row['well_formed']:8.1%} {row['verified']:8.1%} {row['think_tokens']:8.1f}"
+            f"{row['well_formed']:8.1%} {verified:>8} {row['think_tokens']:8.1f}"
         )
     print(f"every answer: {answers}")
 

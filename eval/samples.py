@@ -5,7 +5,7 @@ python -m eval.reproduce prints it in the end, and puts it into RESULTS/README.m
 
 from pathlib import Path
 
-from dataset.problems import check_response
+from dataset.problems import check_response, is_answer
 from dataset.replies import read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer
 from eval.chat import complete
@@ -44,7 +44,7 @@ def solutions(scale, arms=("teacher", "traces, tag 1", "answers alone")) -> list
         model, tokenizer = load_model(job.out), load_tokenizer(job.out)
         reply = decode(tokenizer, write_replies(model, tokenizer, [problem])[0])
         check = check_response(question, reply)
-        right = "right" if check.answer == problem["answer"] else "wrong"
+        right = "right" if is_answer(reply, problem["answer"]) else "wrong"
         lines = ", every line verified" if check.verified else ""
         written.append((f"{arm} ({right}{lines})", reply))
     return written

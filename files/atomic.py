@@ -73,23 +73,51 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_json(path) -> dict:
-    """Read a JSON object. Raises ValueError naming the file where it is not one."""
+def check_file(path, cure: str = "make it, or pass another") -> Path:
+    """`path`, which is a file. Raises ValueError where nothing is there, or a folder or a pipe,
+    from which a reader might wait for ever."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist")
-    return parse_json(Path(path).read_bytes(), path)
+        fault = "is a folder, a pipe or a device" if Path(path).exists() else "does not exist"
+        raise ValueError(f"{path} {fault}: {cure}")
+    return Path(path)
+
+
+def check_path(path, is_folder: bool) -> None:
+    """Raise ValueError where something that is there keeps an output from being made at `path`."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        kind = "file" if place == path and not is_folder else "folder"
+        if place.exists() and not (place.is_file() if kind == "file" else place.is_dir()):
+            kept = f"{path} cannot be made: {place} is there and is no {kind}"
+            raise ValueError(f"{kept}: pass another path")
+
+
+def read_json(path, **kinds: type) -> dict:
+    """Read a JSON object that has the keys of `kinds` (`check_keys`). Raises ValueError naming the
+    file where it is not one."""
+    return check_keys(parse_json(check_file(path).read_bytes(), path), path, **kinds)
 
 
 def parse_json(text: bytes, where) -> dict:
     """The JSON object that `text` is. Raises ValueError naming `where`, a file or a line of one."""
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8-sig"))
         if b"\\ud" in text.lower():  # half of a surrogate pair is not text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}): mend or remove it") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def check_keys(value: dict, where, **kinds: type) -> dict:
+    """`value`, whose keys of `kinds` have those types; int is a whole number, 0 or more."""
+    for name, kind in kinds.items():
+        found = value.get(name)
+        if type(found) is not kind or (kind is int and found < 0):
+            wrong = f"{name!r} is missing" if name not in value else f"{name!r} is {found!r:.60}"
+            raise ValueError(f"{where} is damaged ({wrong}): make it again")
     return value
 
 

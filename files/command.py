@@ -4,12 +4,15 @@ What a user got wrong is a ValueError or OSError; it ends in one sentence and ex
 """
 
 import argparse
+import re
 import sys
 import traceback
 from functools import partial
+from pathlib import Path
 
 # What torch says where memory is full, on a CPU and on a GPU.
 NO_MEMORY = ("can't allocate memory", "out of memory")
+NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # NUL, and how Python reads bytes that are no UTF-8
 CACHED = "python -m methods.cached_teacher --teacher_cache FILE"
 
 
@@ -19,6 +22,19 @@ class Finished(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse, and a word on where a flag has moved."""
+
+    def parse_args(self, args=None, namespace=None):
+        """Refuses an empty word, which would stand for the folder that the command runs in. Paths
+        are made alike, for they are compared: "rd/" is "rd"."""
+        words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or NO_TEXT.search(word) or (word[:2] == "--" and word[-1] == "="):
+                flag = word.split("=")[0] if word.startswith("--") else before
+                self.exit(2, f"error: {flag} is empty or no text: give it a value in UTF-8\n")
+        parsed = super().parse_args(words, namespace)
+        paths = {k: v for k, v in vars(parsed).items() if isinstance(v, str) and "/" in v}
+        vars(parsed).update({name: str(Path(path)) for name, path in paths.items()})
+        return parsed
 
     def error(self, message: str):
         if message.startswith("unrecognized") and "--teacher_cache" in message:

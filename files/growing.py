@@ -22,9 +22,8 @@ class GrowingFile:
         if path.exists() and not self.record_path.is_file():
             raise ValueError(f"{path} exists and is not a file to go on with: {cure}")
         if path.exists():
-            self.record = read_json(self.record_path)
-            before = self.record.get("options")
-            before = before if isinstance(before, dict) else {}
+            self.record = read_json(self.record_path, **{k: type(v) for k, v in new.items()})
+            before = self.record["options"]
             check_unchanged(before.get("made_from", {}), path, cure)
             if self.record.keys() != new.keys() or before != options:
                 other = {k: v for k, v in before.items() if options.get(k) != v}

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .atomic import check_path
 from .origin import remember_hashes
 
 held: dict[str, FileLock] = {}
 
 
-def check_apart(args, presets=()) -> None:
+def check_apart(args, presets=(), is_folder: bool = True) -> None:
     """Raise ValueError where --out is, holds, or lies in what another flag names (but `presets`),
-    symlinks followed. Hashes are remembered beside --out from here on."""
+    symlinks followed; or where something else than a folder, or than a file, is there already.
+    Hashes are remembered beside --out from here on."""
     out = Path(args.out).resolve()
     for name, value in vars(args).items():
         is_path = name != "out" and isinstance(value, (str, Path)) and str(value) not in presets
@@ -24,6 +26,7 @@ def check_apart(args, presets=()) -> None:
             if out == read or out in read.parents or read in out.parents:
                 place = f"--out {args.out} would write where --{name} {value} is read"
                 raise ValueError(f"{place}: pass an --out outside of it")
+    check_path(args.out, is_folder)
     remember_hashes(out.parent)
 
 

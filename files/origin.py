@@ -20,7 +20,7 @@ def remember_hashes(folder: Path) -> None:
     global memory
     memory = folder / ".hashes.json"
     with suppress(ValueError, OSError):  # none yet, or damaged: they are computed again
-        known.update(read_json(memory))
+        known.update({k: v for k, v in read_json(memory).items() if isinstance(v, str)})
 
 
 def known_hash(path, tail: int = 0) -> str:
@@ -42,6 +42,8 @@ def hashes(*paths) -> dict[str, str]:
 
 def check_unchanged(made_from: dict[str, str], what, cure: str) -> None:
     """Raise ValueError naming the first file that is not what `what` was made from."""
+    if not isinstance(made_from, dict) or not all(isinstance(x, str) for x in made_from.values()):
+        raise ValueError(f"{what} is damaged: its record has no hashes; {cure}")
     for path, before in made_from.items():
         now = known_hash(path) if Path(path).is_file() else "no such file"
         if now != before:

@@ -23,6 +23,7 @@ from .config import PRESETS, ModelConfig
 from .transformer import Transformer
 
 MANIFEST = "manifest.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | None = None):
@@ -54,12 +55,12 @@ def check_manifest(file: Path) -> None:
     manifest = file.parent / MANIFEST
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
-    written = read_json(manifest)
+    written = read_json(manifest, sha256=list)
     tokenizer = written.get("tokenizer_sha256")  # None of a model that has none
     if tokenizer is not None and tokenizer != tokenizer_hash(file.parent):
         other = f"{file.parent}/tokenizer.json is not the one that these weights were saved with"
         raise ValueError(f"{other}: copy that back, or train again")
-    if known_hash(file) not in written.get("sha256", []):
+    if known_hash(file) not in written["sha256"]:
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
         raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")
 
@@ -94,8 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json lists."""
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.is_file() and not files[0].is_file():
-        mapped = read_json(index).get("weight_map")
-        names = list(mapped.values()) if isinstance(mapped, dict) else []
+        names = list(read_json(index, weight_map=dict)["weight_map"].values())
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise ValueError(f"{index}: 'weight_map' must name files of this folder: download it")
         files = [folder / name for name in sorted(set(names))]
@@ -112,16 +112,24 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: nothing is allocated before the file is checked
         model = Transformer(config)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in weight_files(Path(folder)):
         try:
-            state |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-        except (SafetensorError, OSError) as error:
+            state |= load_file(file)
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             unreadable = f"{file} is not a readable safetensors file ({error})"
             raise ValueError(f"{unreadable}: save or download it again") from None
         check_manifest(file)
     # Older exports store rotary tables, and some a copy of the tied head.
     state = {k: tensor for k, tensor in state.items() if not k.endswith("rotary_emb.inv_freq")}
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            kind = f"{folder}: {name} is of {tensor.dtype}, integer or quantised"
+            raise ValueError(f"{kind}: use a checkpoint of float32, float16 or bfloat16")
+        state[name] = tensor.to(dtype)
+        if not state[name].isfinite().all():
+            broken = f"{folder}: {name} has values that are inf or nan"
+            raise ValueError(f"{broken}: the model is broken; train or download it again")
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     try:
@@ -138,6 +146,9 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
 def load_for(folder, data, device="cpu") -> Transformer:
     """`load_model`; raises ValueError where `data` was read with another tokenizer."""
     model = load_model(folder, device)
+    if data.vocab_size > (size := model.config.vocab_size):
+        more = f"the data has a vocabulary of {data.vocab_size}, {folder} has {size}"
+        raise ValueError(f"{more}: both must use one tokenizer; re-train on this data")
     if tokenizer_hash(folder) != data.tokenizer_sha256:
         own = f"the tokenizer of {folder} (vocabulary {model.config.vocab_size})"
         other = f"the one of {data.tokenizer_folder} (vocabulary {data.vocab_size})"

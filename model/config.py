@@ -36,6 +36,10 @@ class ModelConfig:
             if field.type is int and (type(value) is not int or not 1 <= value <= most):
                 allowed = f"must be a positive integer, at most {most}"
                 raise ValueError(f"config: {name} = {value!r} {allowed}")
+            if field.type is float and not 0 <= value < float("inf"):
+                raise ValueError(f"config: {name} = {value!r} must be a number, 0 or more")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"config: {name} = {value!r} must be true or false")
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads % shared:
             raise ValueError(f"config: {heads} heads cannot share {shared} key-value heads equally")
@@ -79,7 +83,7 @@ class ModelConfig:
             raise ValueError(f"architecture '{architecture}' is not supported: {cure}")
         # transformers 5 moved the rotary settings into "rope_parameters".
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
+        if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
             raise ValueError(f"rope_scaling = {rope!r} is not supported: choose another checkpoint")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         biased = architecture == "Qwen2ForCausalLM"
@@ -89,6 +93,8 @@ class ModelConfig:
             ("use_sliding_window", config.get("use_sliding_window", False), False),
             ("attention_bias", config.get("attention_bias", biased), biased),
             ("mlp_bias", config.get("mlp_bias", False), False),
+            ("quantization_config", config.get("quantization_config"), None),
+            ("partial_rotary_factor", config.get("partial_rotary_factor", 1.0), 1.0),
         ):
             if value != expected:
                 other = f"{architecture} with {name} = {value!r} is not supported"
@@ -107,7 +113,7 @@ class ModelConfig:
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"config.json has no key {error}: it is incomplete") from None
-        except (TypeError, ZeroDivisionError) as error:
+        except (TypeError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(f"config.json has a value of the wrong type: {error}") from None
 
 

@@ -50,7 +50,7 @@ class RunFolder:
         state, source = None, ""
         check_free(self.path, ("run.json", "resume"), overwrite)
         if resume and record.is_file():
-            before = read_json(record)
+            before = read_json(record, args=dict)
             self.check_same(before["args"], before.get("made_from", {}))
             raise Finished(f"{self.path}: finished already, nothing to resume")
         if resume and states:

@@ -7,14 +7,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dataset.chat import (
     ChatData,
     encode_conversation,
     encode_prompt,
     gsm8k_conversation,
-    held_out,
+    held_out_below,
     only_answer,
+    question_place,
 )
 from dataset.prepare import problem_line
 from dataset.problems import make_problems
@@ -155,9 +157,15 @@ def test_only_answer_removes_what_the_assistant_thought(content, left):
         ("So much.\n#### 1,234", "So much.", 1234),
         ("Less.\n#### -3", "Less.", -3),
         ("It is #### marked.\n#### 1,000,000 ", "It is #### marked.", 1000000),
+        ("It costs\n#### $10", "It costs", 10),
+        ("He owes\n#### -$1,250", "He owes", -1250),
+        ("Half.\n#### 50%", "Half.", 50),
+        ("Per day.\n#### 3.5", "Per day.", "3.5"),  # a float would lose digits of a long one
+        ("A part.\n#### $.75", "A part.", ".75"),
     ],
 )
 def test_gsm8k_conversion(answer, reasoning, final):
+    """The answer is a number without its units; what is not whole stays as it is written."""
     line = gsm8k_conversation({"question": "How many?", "answer": answer}, "f line 1")
     content = f"<think>\n{reasoning}\n</think>\n<answer>\n{final}\n</answer>"
     assert line == {"conversations": talk("How many?", content), "answer": final}
@@ -253,6 +261,108 @@ def test_empty_split_is_refused(tmp_path, letters_folder, split, val_share):
         ChatData(path, letters_folder, split, 100, val_share=val_share)
 
 
+# --- What no lesson reads ---
+
+
+def said(capsys, path) -> str:
+    """What was said about that file."""
+    return " ".join(x for x in capsys.readouterr().out.splitlines() if x.startswith(str(path)))
+
+
+CALL = [{"name": "clock", "arguments": {}}]
+
+
+def test_tools_are_left_out_and_counted_and_no_empty_reply_is_trained(
+    tmp_path, letters, letters_folder, capsys
+):
+    called = [
+        {"role": "system", "content": "be good", "tools": "[clock]"},
+        {"role": "user", "content": "what time?"},
+        {"role": "assistant", "content": "", "tool_calls": CALL},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "noon"},
+    ]
+    null = [{**turn, "content": turn["content"] or None} for turn in called]
+    silent = talk("say nothing", " \n", "and now?", "now")
+    path = write(tmp_path / "chat.jsonl", called, null, silent, called[:4])
+    data = ChatData(path, letters_folder, "train", 100, val_share=0.0)
+    clean = [{"role": "system", "content": "be good"}, *talk("what time?", "noon")]
+    kept = [{"role": "user", "content": "say nothing"}, *talk("and now?", "now")]
+    assert sorted(rows_of(data.evaluation(9, 9))) == expected_rows(letters, [clean, clean, kept])
+    for _, labels in rows_of(data.evaluation(9, 9)):
+        spoken = [place for place, label in enumerate(labels) if label == END]
+        assert all(labels[place - 1] not in (IGNORE, END) for place in spoken)
+    out = said(capsys, path)
+    assert "1 bad line was left out" in out  # it only calls a tool; the file is not refused
+    assert "3 tools, 3 tool_calls, 4 empty replies, 3 turns of tools" in out
+
+
+def test_reasoning_content_becomes_a_think_span(tmp_path, letters, letters_folder, capsys):
+    thought = [USER, {"role": "assistant", "content": "4", "reasoning_content": "2+2"}]
+    twice = [USER, {**thought[1], "content": "<think>\nhm\n</think>\n4"}]
+    path = write(tmp_path / "chat.jsonl", thought, twice)
+    data = ChatData(path, letters_folder, "train", 100, val_share=0.0)
+    spans = [talk("q", f"<think>\n{words}\n</think>\n4") for words in ("2+2", "hm")]
+    assert sorted(rows_of(data.evaluation(2, 2))) == expected_rows(letters, spans)
+    # Two trains of thought for one reply: that of the content is kept.
+    assert said(capsys, path) == f"{path}: left out of its lines: 1 reasoning_content"
+
+
+def test_without_tags_reasoning_content_is_left_out_and_counted(tmp_path, letters, capsys):
+    tokenizer = Tokenizer.from_str(letters.to_str().replace("think>", "thonk>"))
+    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.encode_special_tokens = True
+    path = write(tmp_path / "chat.jsonl", [USER, {**REPLY, "reasoning_content": "2+2"}])
+    data = ChatData(path, tmp_path, "train", 100, val_share=0.0)
+    assert rows_of(data.evaluation(2, 2)) == expected_rows(tokenizer, [[USER, REPLY]])
+    assert said(capsys, path) == f"{path}: left out of its lines: 1 reasoning_content"
+
+
+def test_answers_alone_train_no_empty_reply(tmp_path, letters, letters_folder):
+    turns = talk("q", "<think>\nhm\n</think>\n", "r", TRACE)
+    path = write(tmp_path / "chat.jsonl", turns)
+    data = ChatData(path, letters_folder, "train", 100, val_share=0.0, answers_only=True)
+    left = [turns[0], *talk("r", "<answer>\n4\n</answer>")]
+    assert rows_of(data.evaluation(2, 2)) == expected_rows(letters, [left])
+
+
+# --- Small sets ---
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 30])
+@pytest.mark.parametrize("val_share", [0.01, 0.05, 0.5, 0.99])
+def test_both_splits_have_a_conversation_however_few_there_are(
+    tmp_path, letters, letters_folder, count, val_share
+):
+    for first in range(0, 60, count):
+        conversations = [talk(f"question {first + i}", "a") for i in range(count)]
+        path = write(tmp_path / "chat.jsonl", *conversations)
+        data = ChatData(path, letters_folder, "train", 100, val_share=val_share)
+        rows = [rows_of(part.evaluation(99, 99)) for part in (data, data.held_out)]
+        assert all(rows) and sorted(rows[0] + rows[1]) == expected_rows(letters, conversations)
+
+
+def test_equal_questions_are_on_one_side(tmp_path, letters_folder):
+    conversations = [talk(f"q{i % 2}", f"a{i}") for i in range(20)]
+    path = write(tmp_path / "chat.jsonl", *conversations)
+    data = ChatData(path, letters_folder, "train", 100)
+    assert (data.size, data.held_out.size) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    "places, share, limit",
+    [
+        ([0.2, 0.4, 0.6], 0.3, 0.3),  # as asked
+        ([0.2, 0.4, 0.6], 0.1, 0.2 + 2**-32),  # the least is held out
+        ([0.2, 0.4, 0.6], 0.9, 0.6),  # the largest is trained on
+        ([0.2], 0.5, 0.2),  # one alone is trained on
+        ([0.2, 0.4], 0.0, 0.0),  # none is wanted
+    ],
+)
+def test_the_limit_of_what_is_held_out_by_hand(places, share, limit):
+    assert held_out_below(places, share) == limit
+
+
 # --- Batches ---
 
 
@@ -328,10 +438,10 @@ def test_the_training_split_has_the_other_as_held_out(tmp_path, letters, letters
 
 def test_split_follows_from_the_question_alone(tmp_path, letters_folder):
     conversations = many(100)
-    before = [held_out(turns, 0.3) for turns in conversations]
+    before = [question_place(turns) < 0.3 for turns in conversations]
     for turns in conversations:
         turns[-1]["content"] = TRACE  # another teacher's answer
-    assert [held_out(turns, 0.3) for turns in conversations] == before
+    assert [question_place(turns) < 0.3 for turns in conversations] == before
     path = write(tmp_path / "a.jsonl", *conversations)
     back = write(tmp_path / "b.jsonl", *conversations[::-1])
     rows = [
@@ -348,8 +458,8 @@ def test_split_follows_from_the_question_alone(tmp_path, letters_folder):
 
 def test_larger_val_share_only_adds(letters):
     conversations = many(200)
-    small = {i for i, turns in enumerate(conversations) if held_out(turns, 0.1)}
-    large = {i for i, turns in enumerate(conversations) if held_out(turns, 0.5)}
+    small = {i for i, turns in enumerate(conversations) if question_place(turns) < 0.1}
+    large = {i for i, turns in enumerate(conversations) if question_place(turns) < 0.5}
     assert small < large
 
 

@@ -20,7 +20,9 @@ import torch
 
 import train_pretrain
 from dataset.packing import PackedText
+from dataset.prepare import problem_line
 from dataset.problems import make_problems
+from dataset.replies import read_problems
 from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
 from eval.experiments import cache, common, jobs, scales, soft_labels
@@ -100,6 +102,85 @@ def test_answers_are_judged(prepared_folder):
     assert table[2]["accuracy"] == pytest.approx(1 / 2) and table[3]["problems"] == 1
 
 
+def user(question: str) -> dict:
+    return {"role": "user", "content": question}
+
+
+@pytest.mark.parametrize(
+    "answer, written, right",
+    [
+        (42, "42", True),
+        ("42", "42", True),  # as text: many files have it so
+        ("42", "042", True),
+        (42.0, "42", True),
+        ("1,234", "1234", True),
+        (1234, "1,234", True),
+        ("$10", "10", True),
+        (50, "50%", True),
+        ("-3.50", "-3.5", True),
+        (0.1, "0.1", True),
+        (42, "43", False),
+        ("42", "forty-two", False),
+        ("Paris", "Paris", True),  # no number: as it is written
+        ("Paris", "paris", False),
+        ("Paris", "Paris, or London", False),
+        (10**30 + 1, str(10**30), False),  # a float would not tell them apart
+    ],
+)
+def test_an_answer_counts_as_the_number_that_it_is(prepared_folder, answer, written, right):
+    tokenizer = load_tokenizer(prepared_folder)
+    reply = encode_tagged(tokenizer, f"<think>\n?\n</think>\n<answer>\n{written}\n</answer>")
+    problem = {"turns": [user("How many?")], "answer": answer, "steps": 0}
+    assert reasoning.judge(tokenizer, problem, reply)["correct"] is right
+
+
+def test_lines_are_verified_only_where_gold_lines_are(prepared_folder, tmp_path):
+    """Prose as GSM8K has it says nothing about a reply's lines: "-", not 0 of 2."""
+    tokenizer, made = load_tokenizer(prepared_folder), make_problems("test", (2,), 2, 0)
+    gold = "<think>\n48/2 = 24 clips.\n</think>\n<answer>\n24\n</answer>"
+    prose = [user("She sold 48, then half."), {"role": "assistant", "content": gold}]
+    asked = [user(made[1].question)]
+    lines = [
+        problem_line(made[0], with_trace=True),
+        {"conversations": asked, "answer": 1, "steps": 2},  # no gold reply, but made by us
+        {"conversations": prose, "answer": 24},
+        {"conversations": [user("How many?")], "answer": "24"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    problems = read_problems(path)
+    assert [problem["checkable"] for problem in problems] == [True, True, False, False]
+    replies = [made[0].response(), "hm", gold, gold]
+    judged = [
+        reasoning.judge(tokenizer, problem, encode_tagged(tokenizer, reply))
+        for problem, reply in zip(problems, replies, strict=True)
+    ]
+    assert [line["verified"] for line in judged] == [True, False, None, None]
+    table = reasoning.summarise(judged)
+    assert table[0]["verified"] == 1 / 2 and table[0]["accuracy"] == 3 / 4
+    assert reasoning.summarise(judged[2:])[0]["verified"] is None
+
+
+def test_what_cannot_be_verified_is_a_dash_and_cut_replies_are_counted(
+    prepared_folder, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "x.jsonl"
+    lines = [{"conversations": [user(f"{n}?")], "answer": n} for n in range(4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    tokenizer = load_tokenizer(prepared_folder)
+    told = encode_tagged(tokenizer, "<answer>\n1\n</answer>")
+    replies = [told, told, [told[0]] * 50, [told[0]] * 49]
+    monkeypatch.setattr(reasoning, "load_model", lambda *_: None)
+    monkeypatch.setattr(reasoning, "write_replies", lambda *_: replies)
+    words = ["--model", prepared_folder, "--problems", path, "--out", tmp_path / "answers.jsonl"]
+    words += ["--max_new_tokens", "50", "--device", "cpu"]
+    reasoning.main(reasoning.parse_args(words))
+    out = capsys.readouterr().out
+    assert f"1 of 4 replies of {prepared_folder} were cut at 50 tokens" in out
+    row = next(line for line in out.splitlines() if line.strip().startswith("all")).split()
+    assert row[:5] == ["all", "4", "25.0%", "0.0%", "-"]
+
+
 TINY = dataclasses.replace(
     scales.SCALES["quick"],
     name="tiny",
@@ -151,7 +232,8 @@ def reproduced(prepared_folder, tmp_path_factory):
 
     def keep_all(scale, seed):
         job = traces_job(scale, seed)
-        return dataclasses.replace(job, flags=(*job.flags, ("keep", "all")))
+        more = (("keep", "all"), ("temperature", 1.0))  # greedy, it would never end a reply
+        return dataclasses.replace(job, flags=(*job.flags, *more))
 
     patch.setattr(experiment, "traces_job", keep_all)
     for name, value in (("KEPT", (4,)), ("SEEDS", 1), ("DRAWS", 4), ("WINDOWS", 4)):

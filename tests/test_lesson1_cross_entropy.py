@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from distill import cross_entropy, fused_loss, weighted_cross_entropy
+from tests.explain import check
 from train_pretrain import compute_loss
 
 IGNORE = -100
@@ -51,8 +52,15 @@ def random_labels(B=2, S=4, V=5, mask="all", seed=0):
 def test_values_worked_by_hand(labels, expected):
     logits = logits_of((0.5, 0.5), (0.75, 0.25))
     loss, parts = compute_loss(logits, torch.tensor([labels]))
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert loss.shape == (), "a loss is one number: the mean over tokens is missing"
+    valid = sum(label != IGNORE for label in labels)
+    mistakes = {
+        "the mean is over all positions: those with label -100 do not count": expected * valid / 2,
+        "a sum: divide by the number of labels that are not -100": expected * valid,
+        "the logarithm is of base 2: log_softmax is natural": expected / LN(2),
+        "the sign: surprise is minus the log-probability": -expected,
+    }
+    check(loss, expected, mistakes)
     assert parts.keys() == {"ce"} and parts["ce"].item() == loss.item()
 
 
@@ -61,7 +69,9 @@ def test_gradient_worked_by_hand():
     logits = logits_of((0.5, 0.5), (0.75, 0.25), (0.9, 0.1)).requires_grad_()
     compute_loss(logits, torch.tensor([[0, 1, IGNORE]]))[0].backward()
     expected = [[[-0.25, 0.25], [0.375, -0.375], [0.0, 0.0]]]
-    torch.testing.assert_close(logits.grad, torch.tensor(expected, dtype=torch.float64))
+    said = "(q - one hot) / 2: a -100 label must count neither in the sum nor in the mean"
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(logits.grad, expected, msg=lambda text: f"{said}\n{text}")
 
 
 def test_the_loss_of_every_token_worked_by_hand():

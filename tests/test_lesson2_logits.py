@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from distill import cross_entropy, distillation_loss, fused_loss, kl_divergence, weighted_mean
 from distill.fused import chunk_loss
 from model import ModelConfig, Transformer
+from tests.explain import check, explain
 from train_distillation import compute_loss
 
 IGNORE = -100
@@ -85,9 +86,42 @@ def slow_kl(student_logits, teacher_logits, temperature):
     ],
 )
 def test_values_worked_by_hand(way, teacher, student, temperature, expected):
-    loss = WAYS[way](logits_of(*student), logits_of(*teacher), temperature)
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    student, teacher = logits_of(*student), logits_of(*teacher)
+    loss = WAYS[way](student, teacher, temperature)
+    assert loss.shape == (), "a loss is one number: the mean over tokens is missing"
+    check(loss, expected, mistakes_of(student, teacher, temperature))
+
+
+def mistakes_of(student, teacher, temperature) -> dict[str, float]:
+    """Of one token: T^2 * KL written wrongly, and the value that this gives."""
+    T, z, y = temperature, student[0, 0].tolist(), teacher[0, 0].tolist()
+    right = T**2 * slow_kl(z, y, T)
+    return {
+        f"at T = {T:g}: T^2 is missing": right / T**2,
+        f"at T = {T:g}: T stands where T^2 should": right / T,
+        f"at T = {T:g}: T^2 is there twice": right * T**2,
+        "KL(student || teacher): the two are swapped": T**2 * slow_kl(y, z, T),
+        "KL(student || teacher), and T^2 is missing": slow_kl(y, z, T),
+        "neither is divided by T": T**2 * slow_kl(z, y, 1.0),
+        "the student is not divided by T": T**2 * slow_kl([v * T for v in z], y, T),
+        "the teacher is not divided by T": T**2 * slow_kl(z, [v * T for v in y], T),
+        "the mean is over the V tokens of the vocabulary, not their sum": right / len(z),
+        "the sign is wrong": -right,
+    }
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda right, T: right / T**2, "exactly 1/4 of the expected value: at T = 2: T^2 is missing"),
+    (lambda right, T: right / T, "exactly 1/2 of the expected value: at T = 2: T stands where T^2"),
+    (lambda right, T: 1.01 * right, "exactly 101/100 of the expected value: no mistake that is"),
+])  # fmt: skip
+def test_a_broken_loss_says_what_is_wrong_with_it(wrong, said):
+    student, teacher = logits_of(0.5, 0.5), logits_of(0.75, 0.25)
+    expected = distillation_loss(student, teacher, temperature=2.0).item()
+    sentence = explain(wrong(expected, 2.0), expected, mistakes_of(student, teacher, 2.0))
+    assert sentence.startswith(said)
+    with pytest.raises(AssertionError, match=said.replace("^", r"\^")):
+        check(wrong(expected, 2.0), expected, mistakes_of(student, teacher, 2.0))
 
 
 def test_the_whole_loss_worked_by_hand():
@@ -97,7 +131,13 @@ def test_the_whole_loss_worked_by_hand():
     kl = 0.75 * LN(1.5) + 0.25 * LN(0.5)
     assert parts["ce"].item() == pytest.approx(LN(2), rel=1e-12)
     assert parts["kl"].item() == pytest.approx(kl, rel=1e-12)
-    assert loss.item() == pytest.approx(0.3 * LN(2) + 0.7 * kl, rel=1e-12)
+    mistakes = {
+        "alpha sits on the KL: it belongs to the cross-entropy": 0.7 * LN(2) + 0.3 * kl,
+        "the KL is not weighted by 1 - alpha": 0.3 * LN(2) + kl,
+        "the cross-entropy is not weighted by alpha": LN(2) + 0.7 * kl,
+        "the KL is missing": 0.3 * LN(2),
+    }
+    check(loss, 0.3 * LN(2) + 0.7 * kl, mistakes)
 
 
 def test_gradient_worked_by_hand():
@@ -106,7 +146,8 @@ def test_gradient_worked_by_hand():
     teacher = logits_of(0.75, 0.25).repeat(1, 2, 1)
     compute_loss(student, teacher, torch.tensor([[0, 0]]), 1.0, 0.4)[0].backward()
     expected = torch.tensor([-0.175, 0.175], dtype=torch.float64).expand(1, 2, 2)
-    torch.testing.assert_close(student.grad, expected)
+    said = "0.4 (q - one hot) + 0.6 (q - p), over 2 tokens; gradients stop at the teacher"
+    torch.testing.assert_close(student.grad, expected, msg=lambda text: f"{said}\n{text}")
 
 
 # Against slow Python and the library.
@@ -122,7 +163,14 @@ def test_equals_a_slow_implementation_and_torch(way, temperature):
         for b in range(2)
         for s in range(3)
     ]
-    assert loss == pytest.approx(temperature**2 * sum(slow) / 6, rel=1e-12)
+    T, total = temperature, sum(slow)
+    mistakes = {
+        f"at T = {T:g}: T^2 is missing": total / 6,
+        'divided by B, not by the tokens: reduction="batchmean" on (B, S, V)': T**2 * total / 2,
+        'divided by B * S * V: reduction="mean" of F.kl_div': T**2 * total / 30,
+        "a sum over tokens: the mean is missing": T**2 * total,
+    }
+    check(loss, T**2 * total / 6, mistakes)
     library = F.kl_div(
         (student / temperature).log_softmax(-1).flatten(0, 1),
         (teacher / temperature).log_softmax(-1).flatten(0, 1),
@@ -147,13 +195,37 @@ def test_without_more_it_is_the_mean_over_all_tokens_at_temperature_1():
     assert distillation_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weights", [[True, False, True], [1.0, 0.0, 1.0]], ids=["mask", "weights"])
+def test_a_value_that_is_not_finite_under_a_false_mask_is_not_read(bad, weights):
+    """0 * nan is nan: a mask must choose (torch.where), a product with it is not enough."""
+    said = "the mask is multiplied in: 0 * nan is nan, so it must choose (torch.where)"
+    values = torch.tensor([2.0, bad, 4.0], dtype=torch.float64, requires_grad=True)
+    mean = weighted_mean(values, torch.tensor(weights))
+    assert mean.item() == 3.0, said  # (2 + 4) / 2
+    assert torch.autograd.grad(mean, values)[0].tolist() == [0.5, 0.0, 0.5]
+    nothing = weighted_mean(values, torch.tensor(weights) * 0)
+    assert nothing.item() == 0.0, f"nothing counts, so the mean is 0; {said}"
+
+
 def test_a_mask_picks_tokens_and_weights_make_a_weighted_mean():
     student, teacher = pair(1, 3, 5)
     kl = [slow_kl(student[0, s].tolist(), teacher[0, s].tolist(), 2.0) for s in range(3)]
     chosen = distillation_loss(student, teacher, torch.tensor([[True, False, True]]), 2.0)
-    assert chosen.item() == pytest.approx(4 * (kl[0] + kl[2]) / 2, rel=1e-12)
+    mistakes = {
+        "the mean is over all tokens, also those that the mask leaves out": 4 * (kl[0] + kl[2]) / 3,
+        "the mask is not read": 4 * sum(kl) / 3,
+        "the mask is upside down": 4 * kl[1],
+    }
+    check(chosen, 4 * (kl[0] + kl[2]) / 2, mistakes)
     weighted = distillation_loss(student, teacher, torch.tensor([[1.0, 0.0, 10.0]]), 2.0)
-    assert weighted.item() == pytest.approx(4 * (kl[0] + 10 * kl[2]) / 11, rel=1e-12)
+    mistakes = {
+        "divided by the number of tokens, not by the sum of the weights": 4
+        * (kl[0] + 10 * kl[2])
+        / 3,
+        "weights are read as a mask": 4 * (kl[0] + kl[2]) / 2,
+    }
+    check(weighted, 4 * (kl[0] + 10 * kl[2]) / 11, mistakes)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
@@ -167,7 +239,14 @@ def test_the_loss_is_alpha_ce_plus_the_rest_kl(alpha, temperature):
     kl = [slow_kl(student[at].tolist(), teacher[at].tolist(), temperature) for at in valid]
     expected = alpha * ce + (1 - alpha) * temperature**2 * sum(kl) / 6
     loss, _ = compute_loss(student, teacher, labels, temperature, alpha)
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    T, mean = temperature, sum(kl) / 6
+    mistakes = {
+        "alpha sits on the KL": (1 - alpha) * ce + alpha * T**2 * mean,
+        "T^2 is missing": alpha * ce + (1 - alpha) * mean,
+        "T^2 scales the cross-entropy too": T**2 * (alpha * ce + (1 - alpha) * mean),
+        "the KL's mean is over all 8 tokens": alpha * ce + (1 - alpha) * T**2 * mean * 6 / 8,
+    }
+    check(loss, expected, mistakes, rel=1e-9)
 
 
 # The parts that are logged.

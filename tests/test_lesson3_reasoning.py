@@ -18,6 +18,7 @@ from distill import (
     weighted_cross_entropy,
     weighted_mean,
 )
+from tests.explain import check
 from train_distill_reason import compute_loss
 
 IGNORE, END = -100, 2
@@ -174,9 +175,15 @@ def test_weighted_mean_by_hand():
     labels, weights = torch.tensor([0, 0, 0]), torch.tensor([1.0, 10.0, 4.0]).double()
     expected = (1 + 20 + 12) / 15 * LN(2)
     loss, parts = compute_loss(logits, None, labels, weights)
-    assert loss.item() == parts["ce"].item() == pytest.approx(expected, rel=1e-12)
+    mistakes = {
+        "divided by the number of tokens, 3, not by the sum of the weights, 15": 11 * LN(2),
+        "not divided by the sum of the weights": 33 * LN(2),
+        "every token weighs 1: the weights are left out": 2 * LN(2),
+        "the weights are squared": (1 + 200 + 48) / 15 * LN(2),
+    }
     whole = weighted_cross_entropy(logits[None], labels[None], weights[None])
-    assert whole.item() == pytest.approx(expected, rel=1e-12)
+    for value in (loss, parts["ce"], whole):
+        check(value, expected, mistakes)
 
 
 def test_with_a_teacher_by_hand():
@@ -189,7 +196,12 @@ def test_with_a_teacher_by_hand():
     kl = 10 / 11 * (0.75 * LN(1.5) + 0.25 * LN(0.5))
     assert parts["ce"].item() == pytest.approx(LN(2), rel=1e-12)
     assert parts["kl"].item() == pytest.approx(kl, rel=1e-12)
-    assert loss.item() == pytest.approx(0.4 * LN(2) + 0.6 * kl, rel=1e-12)
+    mistakes = {
+        "alpha sits on the KL: it belongs to the cross-entropy": 0.6 * LN(2) + 0.4 * kl,
+        "the KL is not weighted like the words of the trace": 0.4 * LN(2) + 0.6 * kl * 11 / 20,
+        "the KL is missing": 0.4 * LN(2),
+    }
+    check(loss, 0.4 * LN(2) + 0.6 * kl, mistakes)
 
 
 def test_gradient_by_hand():

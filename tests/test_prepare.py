@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dataset import prepare
-from dataset.chat import ChatData, held_out
+from dataset.chat import ChatData, question_place
 from dataset.packing import PackedText
-from dataset.problems import check_response
+from dataset.problems import check_response, is_answer
+from dataset.replies import read_problems
 from dataset.tokenizer import decode, load_tokenizer
 from files import tokenizer_hash
 
@@ -174,6 +175,49 @@ def test_an_interrupted_prepare_leaves_what_was_there(tmp_path, texts, monkeypat
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_no_document_stands_in_both_splits(tmp_path, capsys):
+    """Copies, but for the space around them, are left out, and counted."""
+    stories = [f"story {i}: once upon a time there were {i * 'so '}many\n" for i in range(12)]
+    copies = [stories[3], f"\n{stories[3]}", stories[5].strip(), *stories[8:]]
+    path = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in stories + copies])
+    out = run_prepare(tmp_path / "out", jsonl=path, val_share=0.4)
+    stored = [stored_documents(out, split) for split in ("train", "val")]
+    assert all(stored) and sorted(stored[0] + stored[1]) == sorted(stories)
+    assert "; repeated documents left out: 7\n" in capsys.readouterr().out
+
+
+CONTROL = "<|im_start|>one<|im_end|> <|im_start|>two<|im_end|>"
+
+
+def test_control_tokens_of_a_jsonl_end_documents(tmp_path, capsys):
+    """MiniMind's pretraining text has several pieces in a line."""
+    lines = [CONTROL, "plain", "three<|endoftext|>four", *(f"more {i}" for i in range(20))]
+    path = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in lines])
+    out = run_prepare(tmp_path / "out", jsonl=path, val_share=0.3)
+    stored = stored_documents(out, "train") + stored_documents(out, "val")
+    assert sorted(stored) == sorted(["one", "two", "three", "four", *lines[1:2], *lines[3:]])
+    said = f"{path}: 5 control tokens (<|im_end|>, ...) were read as ends of documents\n"
+    assert said in capsys.readouterr().out
+
+
+def test_control_tokens_of_a_text_are_counted(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(f"{CONTROL}\n" * 50)
+    out = run_prepare(tmp_path / "out", text=tmp_path / "a.txt")
+    (training,), (validation,) = (stored_documents(out, split) for split in ("train", "val"))
+    assert training + validation == f"{CONTROL}\n" * 50
+    assert "a.txt: 200 control tokens" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa line\n" + b"and more\n" * 30)
+    lines = [json.dumps({"text": f"story {i}"}).encode() for i in range(5)]
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    for source in ({"text": tmp_path / "a.txt"}, {"jsonl": tmp_path / "b.jsonl"}):
+        out = run_prepare(tmp_path / next(iter(source)), **source)
+        stored = "".join(stored_documents(out, "train") + stored_documents(out, "val"))
+        assert "\ufeff" not in stored and ("a line" in stored or "story 0" in stored)
+
+
 # --- The user's own traces ---
 
 
@@ -207,10 +251,43 @@ def test_reasoning_of_the_users_own(tmp_path, texts):
         assert (line["conversations"], line["answer"]) == expected[asked]
     assert 8 <= len(test) <= 35  # 20 expected, standard deviation 4.2
     for line in train + test:
-        assert held_out(line["conversations"], 0.1, salt="test ") == (line in test)
+        assert (question_place(line["conversations"], salt="test ") < 0.1) == (line in test)
     assert [line["conversations"] for line in prompts] == [
         line["conversations"][:1] for line in train
     ]
+
+
+def test_thirty_problems_are_enough_for_lesson_3(tmp_path, texts):
+    """Each of the three sets has a problem: trained on, watched while training, asked at the end.
+    A share may be asked for."""
+    for start in range(0, 300, 30):
+        given = [gsm8k_line(start + i) for i in range(30)]
+        path = write_lines(tmp_path / "own.jsonl", given)
+        out = run_prepare(tmp_path / f"out{start}", text=texts, reason=path, val_share=0.2)
+        data = ChatData(out / "reason_train.jsonl", out, "train", 256)
+        test = read_lines(out / "reason_test.jsonl")
+        assert data.size and data.held_out.size and test
+        assert data.size + data.held_out.size + len(test) == 30
+        places = [question_place(line["conversations"], salt="test ") for line in test]
+        assert len(test) == 1 or max(places) < 0.2
+
+
+def test_gsm8k_as_it_is_loads_whole(tmp_path, texts, capsys):
+    """Thousands, dollars, percent, signs, decimals; what is no number is left out, and counted."""
+    finals = ["1,234", "$10", "50%", "-3", "3.5", "$1,250.75", "7"] * 4
+    given = [{"question": f"{i}?", "answer": f"So.\n#### {x}"} for i, x in enumerate(finals)]
+    given[5]["answer"] = "Nobody knows.\n#### four"
+    path = write_lines(tmp_path / "own.jsonl", given)
+    out = run_prepare(tmp_path / "out", text=texts, reason=path)
+    lines = read_lines(out / "reason_train.jsonl") + read_lines(out / "reason_test.jsonl")
+    answers = {line["conversations"][0]["content"]: line["answer"] for line in lines}
+    assert len(answers) == len(lines) == 27
+    expected = [1234, 10, 50, -3, "3.5", "1250.75", 7] * 4
+    assert answers == {f"{i}?": x for i, x in enumerate(expected) if i != 5}
+    assert "own.jsonl: 1 bad line was left out:" in capsys.readouterr().out
+    for line in lines:  # what a gold reply says is the answer
+        assert is_answer(line["conversations"][1]["content"], line["answer"])
+    assert len(read_problems(out / "reason_test.jsonl")) >= 1
 
 
 def test_training_can_hold_out_some_of_the_users_own_traces(tmp_path, texts):
@@ -256,8 +333,8 @@ def test_bad_trace_is_refused_by_its_line(tmp_path, texts, line, message):
 
 
 def test_too_few_traces_are_refused(tmp_path, texts):
-    path = write_lines(tmp_path / "own.jsonl", [r1_line(0)])
-    with pytest.raises(ValueError, match="own.jsonl: . conversations for training.*add more"):
+    path = write_lines(tmp_path / "own.jsonl", [r1_line(0)] * 5)
+    with pytest.raises(ValueError, match="own.jsonl: all lines ask the same question: add others"):
         run_prepare(tmp_path / "out", text=texts, reason=path)
 
 

@@ -6,6 +6,7 @@ The questions are read here by a second program that knows only their English, n
 import random
 import re
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 
@@ -291,7 +292,12 @@ CASES = {  # name: (response, well formed, verified, answer)
     "text between": (GOLD.replace("\n<answer>", " so\n<answer>"), False, False, 51),
     "answer in words": (response("Ben=12+5=17", "seventeen"), False, False, None),
     "answer with a unit": (response("Ben=12+5=17", "17 pens"), False, False, None),
-    "fraction": (response("Ben=12+5=17", "17.5"), False, False, None),
+    "decimal": (response("Ben=12+5=17", "17.5"), True, False, Fraction(35, 2)),
+    "thousands": (response("Ben=12+5=17", "1,017"), True, False, 1017),
+    "dollars": (response("Ben=12+5=17", "$17"), True, True, 17),
+    "percent": (response("Ben=12+5=17", "17%"), True, True, 17),
+    "commas that part no thousands": (response("Ben=12+5=17", "1,7"), False, False, None),
+    "a fraction": (response("Ben=12+5=17", "34/2"), False, False, None),
     "empty": ("", False, False, None),
     "blank": (" \n", False, False, None),
     "end of turn written out": (GOLD + "<|im_end|>", False, False, 51),

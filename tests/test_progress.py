@@ -109,7 +109,7 @@ def test_a_run_ends_in_one_line(
         run(script, *words, "--out", tmp_path / "run")
     else:
         prompts = prepared_folder / "reason_prompts.jsonl"
-        words = ["--teacher", teacher, "--prompts", prompts, "--keep", "all"]
+        words = ["--teacher", teacher, "--prompts", prompts, "--keep", "all", "--temperature", 1]
         run(make_traces, *words, "--out", tmp_path / "traces.jsonl")
     out, text = capsys.readouterr().out, stream.getvalue()
     assert out.count("\n") == 1 and out.startswith(str(tmp_path))

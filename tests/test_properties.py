@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,16 +20,22 @@ from hypothesis import strategies as st
 import train_distill_reason
 import train_distillation
 import train_pretrain
+from dataset import prepare
 from dataset.chat import check_conversation, encode_conversation
+from dataset.packing import PackedText
 from dataset.problems import check_response, make_problem
+from dataset.replies import read_problems
+from dataset.sources import jsonl_texts
 from dataset.teacher_cache import HEADER_BYTES, read_header
-from dataset.tokenizer import TAGS, decode, load_tokenizer, special_id
+from dataset.tokenizer import TAGS, decode, encode_tagged, load_tokenizer, special_id
 from distill import fused_loss, reasoning_weights, weighted_cross_entropy
 from distill.fused import chunk_loss
 from distill.sparse import sample, top_k
+from files import GrowingFile, read_json
 from files.atomic import parse_json
 from methods import cached_teacher
 from model import ModelConfig
+from model.checkpoint import check_manifest, read_config, weight_files
 
 SETTINGS = settings(
     max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -270,6 +278,127 @@ def test_any_header_is_read_or_refused(count, tmp_path):
         (tmp_path / "x").write_bytes(content + hashlib.sha256(content).digest())
         with contextlib.suppress(ValueError):
             assert read_header(tmp_path / "x")["windows"] == 0
+
+
+# What a file may hold: any JSON, of any depth. Words that readers know are among its keys.
+WORDS = "role content text conversations answer steps options bytes sha256 type model vocab".split()
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([10**9, 10**30, -(10**400)]),
+    st.floats(), st.sampled_from(WORDS), st.text(max_size=3),
+)  # fmt: skip
+
+
+def in_containers(inner):
+    keys = st.sampled_from(WORDS) | st.text(max_size=2)
+    return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+
+
+ANY = st.recursive(LEAVES, in_containers, max_leaves=8)
+
+
+def nested(value, depth: int):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def spoil(draw, good):
+    """`good` with one to three of its values replaced, left out, or put into lists."""
+    spoilt = json.loads(json.dumps(good))
+    for _ in range(draw(st.integers(1, 3))):
+        place, inside = spoilt, []
+        while isinstance(place, (dict, list)) and place:
+            keys = sorted(place) if isinstance(place, dict) else range(min(len(place), 4))
+            inside.append((place, draw(st.sampled_from(list(keys)))))
+            place = place[inside[-1][1]]
+        if not inside:
+            continue
+        place, key = inside[draw(st.integers(0, len(inside) - 1))]
+        kind = draw(st.sampled_from(["other", "nested", "gone"]))
+        if kind == "gone":
+            del place[key]
+        else:
+            depth = draw(st.sampled_from([1, 3, 50]))
+            place[key] = draw(ANY) if kind == "other" else nested(place[key], depth)
+    return spoilt
+
+
+CONVERSATION = {
+    "conversations": [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "2+2=4", "tool_calls": []},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "<think>\n2+2=4\n</think>\n<answer>\n4\n</answer>"},
+    ],
+    "answer": 4, "steps": 1,
+}  # fmt: skip
+RECORD = {"options": {"a": "1", "made_from": {"x": "0"}}, "kept": 1, "bytes": 0}
+CACHE = dict(method="topk", windows=0, seq_len=2, k=1, vocab_size=9, teacher_width=4)
+W, VAL = "model.safetensors", ("val", 4)
+
+
+def read_line(path: Path) -> None:
+    """A jsonl line by everything that reads one."""
+    with contextlib.suppress(ValueError):
+        prepare.user_reasoning(path, False, 0.5)
+    with contextlib.suppress(ValueError):
+        jsonl_texts(path)
+    read_problems(path)
+
+
+def read_all(folder: Path) -> None:
+    """A tokenizer, used as every script does."""
+    found = load_tokenizer(folder)
+    decode(found, encode_tagged(found, "the king <think> 12 é"))
+
+
+def read_record(path: Path) -> None:
+    path.with_name("grown").write_text("")
+    GrowingFile(path.with_name("grown"), {"a": "1"}, kept=0).file.close()
+
+
+@pytest.mark.parametrize(
+    "name, good, read",
+    [
+        ("config.json", lambda _: ModelConfig().to_json(), lambda p: read_config(p.parent)),
+        ("manifest.json", lambda _: {"sha256": ["0" * 64]}, lambda p: check_manifest(p.parent / W)),
+        (f"{W}.index.json", lambda _: {"weight_map": {"a": W}}, lambda p: weight_files(p.parent)),
+        ("meta.json", lambda d: read_json(d / "meta.json"), lambda p: PackedText(p.parent, *VAL)),
+        ("tokenizer.json", lambda d: read_json(d / "tokenizer.json"), lambda p: read_all(p.parent)),
+        ("grown.progress.json", lambda _: RECORD, read_record),
+        ("x.jsonl", lambda _: CONVERSATION, read_line),
+        ("y.jsonl", lambda _: {"question": "?", "answer": "so\n#### 1,234"}, read_line),
+        ("z.jsonl", lambda _: {"text": "<|im_start|>a<|im_end|>"}, read_line),
+        ("x.cache", lambda _: CACHE, read_header),
+    ],
+)  # fmt: skip
+def test_any_structure_is_read_or_refused_in_a_sentence(
+    name, good, read, prepared_folder, tmp_path
+):
+    """Types, depths, missing keys: no file ends in a traceback, or is read for ever."""
+    if name == "meta.json":
+        for needed in ("val.bin", "tokenizer.json"):
+            shutil.copy(prepared_folder / needed, tmp_path)
+    if name == "manifest.json":
+        (tmp_path / W).write_bytes(b"")
+    path, whole = tmp_path / name, good(prepared_folder)
+
+    @settings(SETTINGS, max_examples=100 if name != "tokenizer.json" else 40)
+    @given(st.data())
+    def tried(data):
+        value = spoil(data.draw, whole)
+        content = json.dumps(value).encode("utf-8")
+        path.write_bytes(content.ljust(HEADER_BYTES) if name == "x.cache" else content)
+        try:
+            read(path)
+        except ValueError as error:
+            assert str(error), "an error has a sentence"
+
+    tried()
+    for content in (b"[" * 10**5, b'{"a":' * 10**5, b"9" * 5000, b"\xef\xbb\xbf", b"\x00", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError):
+            read(path)
 
 
 @AMOUNT

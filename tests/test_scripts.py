@@ -17,6 +17,7 @@ import train_distillation
 import train_pretrain
 from dataset import make_traces
 from dataset.packing import PackedText
+from dataset.tokenizer import encode_tagged, load_tokenizer
 from distill.fused import compiled_chunk_loss
 from files import Finished, file_hash, read_json
 from methods import cached_teacher
@@ -275,6 +276,31 @@ def test_an_untrained_teacher_s_traces_do_not_pass(prepared_folder, teacher, tmp
     flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
     with pytest.raises(ValueError, match="no trace"):
         run_script(make_traces, *flags, "--out", tmp_path / "none.jsonl", "--device", "cpu")
+
+
+@pytest.mark.parametrize("keep", ["verified", "all"])
+def test_a_cut_reply_is_no_trace(keep, prepared_folder, teacher, tmp_path, monkeypatch, capsys):
+    """However right it is: it is counted, and --max_new_tokens is what to raise."""
+    tokenizer = load_tokenizer(prepared_folder)
+    right, wrong = (
+        encode_tagged(tokenizer, f"<think>\nhm\n</think>\n<answer>\n{n}\n</answer>") for n in (7, 8)
+    )
+    most = len(right) + 2
+    newline = encode_tagged(tokenizer, "\n")
+    replies = [right, wrong, right + newline, right + 2 * newline, [*wrong, *right][:most]]
+    lines = [{"conversations": [{"role": "user", "content": f"{n}?"}], "answer": "7"}
+             for n in range(len(replies))]  # fmt: skip
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    monkeypatch.setattr(make_traces, "write_replies", lambda *_, **__: replies)
+    flags = ["--teacher", teacher, "--prompts", prompts, "--keep", keep, "--device", "cpu"]
+    flags += ["--max_new_tokens", most, "--out", tmp_path / "x.jsonl"]
+    counts = run_script(make_traces, *flags)
+    kept = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()]
+    asked = [line["conversations"][0]["content"] for line in kept]
+    assert asked == (["0?", "2?"] if keep == "verified" else ["0?", "1?", "2?"])
+    assert counts == {"problems": 5, "written": 5, "kept": len(kept), "cut": 2}
+    assert f"; 2 were cut at {most} tokens\n" in capsys.readouterr().out
 
 
 # What goes wrong.

@@ -118,8 +118,6 @@ def test_bad_lines_may_be_left_out_and_are_told(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "a.jsonl: 5 bad lines were left out:" in out and "and 2 more" in out
     assert "line 3 is an empty object" in out and "line 5" not in out
-    assert read_jsonl(path, keys_of, skip_bad=True, tell=False) == [["a"], ["b"]]
-    assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="line 1 is not valid JSON"):
         read_jsonl(path, keys_of)
     with pytest.raises(ValueError, match="every line is bad, nothing is left to learn from"):

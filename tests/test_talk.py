@@ -1,5 +1,8 @@
 """eval.chat: turns are greedy, a text is continued by sampling unless flags say otherwise."""
 
+import io
+import sys
+
 import pytest
 
 from dataset.tokenizer import load_tokenizer
@@ -55,3 +58,14 @@ def test_complete_writes_what_the_command_prints(folder, monkeypatch, capsys):
         printed = continued(folder, monkeypatch, capsys, "--seed", str(seed))
         assert printed == printable(texts[seed + 1])
     assert continued(folder, monkeypatch, capsys, "--temperature", "0") not in texts
+
+
+def test_bytes_that_are_no_text_are_no_reason_to_stop(folder, monkeypatch, capsys):
+    """A terminal may send anything; what is no UTF-8 is read as a replacement character."""
+    typed = io.TextIOWrapper(io.BytesIO(b"the \xff\xfe king\n\n"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    asked = []
+    monkeypatch.setattr(chat, "encode_prompt", lambda _, turns: asked.append(dict(turns[0])) or [1])
+    flags = ["--model", str(folder), "--device", "cpu", "--max_new_tokens", "2"]
+    chat.main(chat.parse_args(flags))
+    assert asked == [{"role": "user", "content": "the \ufffd\ufffd king"}]

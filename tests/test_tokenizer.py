@@ -248,3 +248,12 @@ def test_chat_template_makes_the_tokens_of_encode_conversation(folder, name, opt
 def test_config_names_the_tokens_of_the_format(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     assert (config["pad_token"], config["eos_token"]) == ("<|endoftext|>", "<|im_end|>")
+
+
+def test_a_tokenizer_that_leaves_ids_out_is_refused(tmp_path):
+    """A model of as many ids as there are tokens would have no row for the largest."""
+    content = json.loads(train_tokenizer([""], 263).to_str())
+    content["model"]["vocab"]["z"] = 400
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ValueError, match="has 263 tokens, but the id 400"):
+        load_tokenizer(tmp_path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from dataset import prepare
 from dataset.packing import PackedText
 from files import Finished, command_line, lock, new_parser, read_json, unlock
+from files.atomic import check_path
 from model import load_model
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
@@ -126,11 +127,19 @@ def text_row(scale: Scale, job: Job) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All rows of a CSV, as text; none where there is no file yet."""
+    """All rows of a CSV, as text; none where there is no file yet. Raises ValueError for a file
+    that is no CSV, or has a row of another length than its first line."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV ({error}): make it again") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {number} has more or fewer columns than the first line")
+    return rows
 
 
 def inputs_of(row: dict) -> list[tuple[str, str]]:
@@ -184,6 +193,7 @@ class Experiment:
 
 def run_experiments(experiments: list[Experiment], results: Path) -> None:
     """Run what is missing of all experiments in one pool; add a row as soon as its run is done."""
+    check_path(results, is_folder=True)
     todo = []
     for experiment in experiments:
         path = Path(results) / experiment.name / "results.csv"

@@ -65,7 +65,7 @@ class Job:
             made_from = {f"{flags['teacher']}/model.safetensors": header["teacher_sha256"]}
             made_from[f"{flags['data']}/train.bin"] = header["text_sha256"]
             return {"args": header, "made_from": made_from}
-        record = read_json(self.record_path)
+        record = read_json(self.record_path, args=dict)
         return {"made_from": record["args"].get("made_from", {}), **record}
 
     def is_done(self) -> bool:

@@ -3,11 +3,13 @@ on disk changed.
 
 A case is the command, the files that it is given (name: content) and what the sentence must say.
 In commands {data} is a prepared folder, {teacher} a checkpoint of its vocabulary, {in} the folder
-of the files. Copies of both, to be spoilt, are made by "copy: what to do" entries.
+of the files. Copies of both, to be spoilt, are made by "copy: what to do" entries. FIFO is a pipe
+that nobody writes to: whoever opens it waits for ever.
 """
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_distill_reason
 import train_distillation
@@ -42,6 +45,8 @@ COMMANDS = {
     "benchmark": benchmark,
     "costs": costs,
 }
+FIFO = object()
+NESTED = b"[" * 100_000  # deeper than Python can read
 FAST = "--steps 2 --batch_size 2 --seq_len 32 --device cpu"
 
 
@@ -96,6 +101,55 @@ def flip(name):
         content = bytearray((folder / name).read_bytes())
         content[-100] ^= 8
         (folder / name).write_bytes(content)
+
+    return edit
+
+
+def edit_split(split, **values):
+    """Change what meta.json says about one split."""
+
+    def edit(folder: Path):
+        about = json.loads((folder / "meta.json").read_text())
+        edit_json("meta.json", **{split: {**about[split], **values}})(folder)
+
+    return edit
+
+
+def empty_split(split):
+    def edit(folder: Path):
+        (folder / f"{split}.bin").write_bytes(b"")
+        edit_split(split, tokens=0, bytes=0)(folder)
+
+    return edit
+
+
+def edit_weights(change):
+    """Change the first matrix of a checkpoint; its manifest goes, as of a model made elsewhere."""
+
+    def edit(folder: Path):
+        (folder / "manifest.json").unlink()
+        state = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.down_proj.weight"
+        state[name] = change(state[name].clone())
+        save_file(state, folder / "model.safetensors")
+
+    return edit
+
+
+def fifo(name):
+    def edit(folder: Path):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return edit
+
+
+def made_elsewhere(spoil):
+    """Without a manifest, which would notice before anything is read."""
+
+    def edit(folder: Path):
+        remove("manifest.json")(folder)
+        spoil(folder)
 
     return edit
 
@@ -167,6 +221,78 @@ CASES = [
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", put("meta.json", b"{}"))}, "meta.json is damaged"),
     (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", edit_json("meta.json", train=3))}, "is damaged"),
     (f"{PRETRAIN} --seq_len 999999", {}, "less than one window of 999999: lower --seq_len"),
+    *(
+        (f"{PRETRAIN} {BAD_DATA}", {"d": ("data", spoil)}, said)
+        for spoil, said in (
+            (put("meta.json", NESTED), "meta.json is not valid JSON .maximum recursion"),
+            (put("meta.json", b'{"a": ' + b"9" * 5000 + b"}"), "meta.json is not valid JSON"),
+            (fifo("meta.json"), "no prepared data in"),
+            (fifo("train.bin"), "train.bin does not hold"),
+            (edit_json("meta.json", vocab_size="400"), "is damaged .'vocab_size' is '400'"),
+            (edit_json("meta.json", vocab_size=True), "is damaged .'vocab_size' is True"),
+            (edit_json("meta.json", tokenizer_sha256=None), "'tokenizer_sha256' is None"),
+            (edit_json("meta.json", val=[1]), "is damaged .'val' is .1"),
+            (edit_split("train", tokens=-1), "is damaged .'tokens' is -1"),
+            (edit_split("train", tokens=10**30), "train.bin does not hold"),
+            (edit_split("train", tokens=2.5), "is damaged .'tokens' is 2.5"),
+            (edit_split("train", dtype="O"), "meta.json is damaged"),
+            (edit_split("val", dtype=["u2"]), "is damaged .'dtype'"),
+            (edit_split("val", sha256=7), "is damaged .'sha256' is 7"),
+            (empty_split("val"), "meta.json is damaged .no tokens"),
+            (put("train.bin", b"\xff" * 60), "train.bin does not hold"),
+            (edit_json("meta.json", vocab_size=90), "has the id .* outside its vocabulary of 90"),
+        )
+    ),
+    (f"pretrain --data {{in}}/x.txt {FAST}", {"x.txt": "a b"}, "x.txt': it is a file"),
+    # Where nothing can be written, which is said before the work is done.
+    *(
+        (command, {"x": "y", "d/x": "y", "p": line(("u", "?"), answer=1)}, said)
+        for command, said in (
+            (f"{PRETRAIN} --out {{in}}/x", "/x cannot be made: .*/x is there and is no folder"),
+            (f"{PRETRAIN} --out {{in}}/x/y", "/x/y cannot be made: .*/x is there and is no folder"),
+            (f"{DISTILL} --out {{in}}/x", "/x is there and is no folder: pass another path"),
+            (f"{PREPARE} --text {{in}}/p --out {{in}}/x", "/x is there and is no folder"),
+            ("traces --teacher {teacher} --prompts {in}/p --out {in}/d", "is there and is no file"),
+            ("traces --teacher {teacher} --prompts {in}/p --out {in}/x/y", "/x is .* no folder"),
+            ("traces --teacher {teacher} --prompts {in}/p --out {in}/x", "is not a file to go on"),
+            ("cache --teacher {teacher} --data {data} --out {in}/d", "is there and is no file"),
+            ("eval.reasoning --model {teacher} --problems {in}/p --out {in}/d", "and is no file"),
+            (f"{PRETRAIN} --out=", "--out is empty or no text: give it a value in UTF-8"),
+            (f"{PRETRAIN} --out a\0b", "--out is empty or no text: give it a value in UTF-8"),
+            (f"{PRETRAIN} --out a\udcff", "--out is empty or no text"),
+            (f"{PRETRAIN} --model=", "--model is empty"),
+            ("plots --results=", "--results is empty"),
+        )
+    ),
+    (
+        "cache --teacher {teacher} --data {data} --out {in}/x",
+        {"x": FIFO},
+        "x is there and is no file",
+    ),
+    # What an unfinished or finished run left, spoilt.
+    *(
+        (f"{PRETRAIN} --out {{in}}/r --resume", {"r/run.json": content}, said)
+        for content, said in (
+            ("{}", "run.json is damaged .'args' is missing"),
+            ('{"args": [1]}', "run.json is damaged .'args' is .1"),
+            (NESTED, "run.json is not valid JSON"),
+        )
+    ),
+    *(
+        (
+            "traces --teacher {teacher} --prompts {in}/p --out {in}/x --device cpu",
+            {"p": line(("u", "?"), answer=1), "x": "", "x.progress.json": content},
+            said,
+        )
+        for content, said in (
+            ("{}", "x.progress.json is damaged .'options' is missing"),
+            ('{"options": 3}', "x.progress.json is damaged .'options' is 3"),
+            ('{"options": {}, "problems": "1"}', "is damaged .'problems' is '1'"),
+            ('{"options": {}, "problems": 0, "written": -1}', "is damaged .'written' is -1"),
+            (NESTED, "x.progress.json is not valid JSON"),
+            ("[]", "must be a JSON object, not a list"),
+        )
+    ),
     # Flags.
     *(
         (f"{PRETRAIN} {flag}", {}, flag.replace("+", "").replace(" ", " ").split(" ")[0])
@@ -250,6 +376,60 @@ CASES = [
             f"{CACHED} {BAD_TEACHER}",
         )
     ),
+    *(
+        (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", spoil)}, said)
+        for spoil, said in (
+            (put("config.json", NESTED), "config.json is not valid JSON"),
+            (fifo("config.json"), "config.json does not exist"),
+            (fifo("model.safetensors"), "model.safetensors does not exist"),
+            (put("manifest.json", b"{}"), "manifest.json is damaged .'sha256' is missing"),
+            (put("manifest.json", b'{"sha256": 3}'), "manifest.json is damaged .'sha256' is 3"),
+            (put("manifest.json", NESTED), "manifest.json is not valid JSON"),
+            (put("config.json", b"\xef\xbb\xbf[]"), "config.json must be a JSON object"),
+            (edit_json("config.json", tie_word_embeddings="no"), "'no' must be true or false"),
+            (edit_json("config.json", rope_theta=-1), "rope_theta = -1.0 must be a number, 0"),
+            (edit_json("config.json", rms_norm_eps=float("nan")), "rms_norm_eps = nan must be"),
+            (edit_json("config.json", rope_theta=10**400), "value of the wrong type"),
+            (edit_json("config.json", rope_theta="big"), "config.json: could not convert"),
+            (edit_json("config.json", num_attention_heads=0), "wrong type|num_attention_heads = 0"),
+            (edit_json("config.json", rope_parameters={"full": {"rope_type": "default"}}), "rope"),
+            (edit_json("config.json", partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+            (
+                edit_json("config.json", quantization_config={"quant_method": "gptq"}),
+                "quantization_config = .*gptq.* is not supported",
+            ),
+            (
+                edit_weights(lambda w: w.index_fill(0, torch.tensor([3]), torch.nan)),
+                "down_proj.weight has values that are inf or nan: the model is broken",
+            ),
+            (edit_weights(lambda w: w / 0), "has values that are inf or nan"),
+            (edit_weights(lambda w: w.to(torch.int8)), "is of torch.int8, integer or quantised"),
+            (edit_weights(lambda w: w.bool()), "is of torch.bool, integer or quantised"),
+            (
+                edit_weights(lambda w: w.to(torch.float8_e4m3fn)),
+                "is of torch.float8_e4m3fn, integer or quantised: use a checkpoint of float32",
+            ),
+        )
+    ),
+    *(
+        (command, {"t": ("teacher", other_vocabulary), "p": line(("u", "?"), answer=1)}, said)
+        for said in ("the tokenizer of '.*/t' has 400 tokens, its model 300: copy in the one",)
+        for command in (
+            "chat --model {in}/t",
+            "eval.reasoning --model {in}/t --problems {in}/p",
+            "traces --teacher {in}/t --prompts {in}/p",
+        )
+    ),
+    (f"{DISTILL} {BAD_TEACHER}", {"t": ("teacher", other_vocabulary)}, "both must use one token"),
+    *(
+        ("chat --model {in}/t", {"t": ("teacher", made_elsewhere(spoil))}, said)
+        for spoil, said in (
+            (fifo("tokenizer.json"), "no tokenizer in .*/t.*pipe"),
+            (put("tokenizer.json", NESTED), "no tokenizer in .*/t"),
+            (put("tokenizer.json", b"\xff\xfe"), "no tokenizer in .*/t"),
+            (remove("tokenizer.json"), "no tokenizer in .*/t"),
+        )
+    ),
     (f"{DISTILL} --student {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
     (f"{PRETRAIN} --model {{in}}/t", {"t": ("teacher", other_vocabulary)}, "has vocabulary 300"),
     (
@@ -289,11 +469,25 @@ CASES = [
             ({"windows": 10**12}, "its header says 16,000,000,004,128"),
             ({"method": "\x1b[2J"}, "x is not a teacher cache .method"),
             ({"k": "8"}, "x is not a teacher cache .k '8'"),
+            ({"k": 10**12, "method": "topk"}, "x is not a teacher cache|its header says"),
+            ({"vocab_size": {}}, "x is not a teacher cache .vocab_size"),
+            ({"method": ["topk"]}, "x is not a teacher cache .method"),
         )
     ),
+    (f"{CACHED} --teacher_cache {{in}}/x", {"x": NESTED[:4096]}, "x is not a teacher cache"),
+    (f"{CACHED} --teacher_cache {{in}}/x", {"x": FIFO}, "no teacher cache in"),
     ("cache --teacher nowhere --data {data} --seq_len 16", {}, "no checkpoint in 'nowhere'"),
     ("cache --teacher {teacher} --data {data} --seq_len 16 --k 500", {}, "--k 500 must be between"),
     ("cache --teacher {teacher} --data {data} --seq_len 1", {}, "--seq_len 1 must be between"),
+    # Pipes.
+    (f"{PREPARE} {TEXT}", {"x.txt": FIFO}, "x.txt is a folder, a pipe or a device: pass a text"),
+    (f"{PREPARE} {JSONL}", {"x.jsonl": FIFO}, "x.jsonl is a folder, a pipe or a device"),
+    (
+        f"{PREPARE} --reason {{in}}/x {TEXT}",
+        {"x": FIFO, "x.txt": "a b\n" * 99},
+        "/x is a folder, a",
+    ),
+    (CHAT, {"x.jsonl": FIFO}, "x.jsonl is a folder, a pipe or a device: pass a jsonl file"),
     # Conversations.
     (CHAT, {}, "x.jsonl does not exist"),
     (CHAT, {"x.jsonl": ""}, "x.jsonl is empty"),
@@ -312,6 +506,13 @@ CASES = [
         "line 81: no word of the assistant is within the first 200 tokens",
     ),
     (CHAT, {"x.jsonl": line(("u", "one"), ("a", "line"))}, "none of its 1 conversations"),
+    (CHAT, {"x.jsonl": line(("u", "one"), ("a", "line")) * 9}, "none of its 9 conversations"),
+    (CHAT, {"x.jsonl": line(("u", "?"), ("a", " \n"))}, "has no assistant turn with words in it"),
+    (
+        CHAT,
+        {"x.jsonl": line(("u", "?"), ("tool", "12:00")) * 3},
+        "every line is bad, nothing is left to learn from .*line 1 has no assistant turn",
+    ),
     (PRETRAIN_CHAT, {"x.jsonl": GOOD + "{\n"}, "x.jsonl line 81 is not valid JSON"),
     (
         f"{PRETRAIN_CHAT} --model nano --tokenizer nowhere",
@@ -336,6 +537,30 @@ CASES = [
     ("traces --teacher nowhere --prompts {data}/reason_prompts.jsonl", {}, "no checkpoint in"),
     ("traces --teacher {teacher} --prompts {in}/no", {}, "no does not exist"),
     ("traces --teacher {teacher} --prompts {in}/x", {"x": line(("u", "?"))}, '1 needs .*"answer"'),
+    *(
+        (
+            "eval.reasoning --model {teacher} --problems {in}/x --out {in}/y",
+            {"x": line(("u", "?"), answer=1, steps=2) + line(("u", "?"), **more)},
+            said,
+        )
+        for more, said in (
+            ({"answer": 1, "steps": "2"}, """x line 2: "steps" '2' must be a whole number"""),
+            ({"answer": 1, "steps": [1]}, """x line 2: "steps" .1. must be a whole number"""),
+            ({"answer": 1, "steps": -1}, 'x line 2: "steps" -1 must be'),
+            ({"answer": 1, "steps": True}, 'x line 2: "steps" True must be'),
+            ({"answer": None}, 'x line 2 needs .*"answer", a number or a text'),
+            ({"answer": True}, 'x line 2 needs .*"answer", a number or a text'),
+            ({"answer": [1]}, 'x line 2 needs .*"answer", a number or a text'),
+            ({"answer": " "}, 'x line 2 needs .*"answer", a number or a text'),
+            ({"answer": float("nan")}, 'x line 2 needs .*"answer", a number or a text'),
+        )
+    ),
+    (
+        "eval.reasoning --model {teacher} --max_new_tokens 0",
+        {},
+        "--max_new_tokens 0 must be between",
+    ),
+    ("traces --teacher {teacher} --max_new_tokens 0", {}, "--max_new_tokens 0 must be between"),
     ("traces --teacher {teacher} --samples 0", {}, "--samples 0 must be between"),
     ("traces --teacher {teacher} --samples 2", {}, "--samples 2 at --temperature 0"),
     ("eval.reasoning --model nowhere", {}, "no checkpoint in 'nowhere'|does not exist"),
@@ -348,6 +573,17 @@ CASES = [
     ("chat --model {teacher} --max_new_tokens 5000", {}, "--max_new_tokens 5000 must be"),
     # Pictures and numbers.
     ("plots --results nowhere", {}, "no results.csv below 'nowhere'"),
+    *(
+        ("plots --results {in}/r", {"r/headline/results.csv": content}, said)
+        for content, said in (
+            ("arm,seed\nplain\n", "results.csv: row 1 has more or fewer columns"),
+            ("arm,seed\nplain,0,1\n", "results.csv: row 1 has more or fewer columns"),
+            (b"arm,seed\n\xff\xfe\n", "results.csv is not a CSV"),
+            ("seed\n0\n", "headline cannot be drawn .KeyError: 'arm'"),
+            ("arm,seed,val_loss\ndistilled,0,low\n", "headline cannot be drawn"),
+        )
+    ),
+    ("benchmark --out {in}", {}, "is there and is no file: pass another path"),
     ("benchmark --against {in}/x", {"x": "a,b\n"}, "x is not a CSV of this benchmark|no size"),
     ("costs --results nowhere.csv", {}, "nowhere.csv is not a CSV"),
 ]
@@ -386,6 +622,10 @@ def test_bad_input(number, prepared_folder, teacher, tmp_path, monkeypatch, caps
             shutil.copytree({"data": prepared_folder, "teacher": teacher}[source], given / name)
             spoil(given / name)
         else:
+            (given / name).parent.mkdir(parents=True, exist_ok=True)
+            if content is FIFO:
+                os.mkfifo(given / name)
+                continue
             content = content if isinstance(content, bytes) else content.encode("utf-8")
             (given / name).write_bytes(content)
     work = tmp_path / "work"

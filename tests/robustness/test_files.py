@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from files import Finished, Locked, atomic_path, command_line, lock, read_json, unlock, write_json
+from files import (
+    Finished,
+    Locked,
+    atomic_path,
+    command_line,
+    lock,
+    new_parser,
+    read_json,
+    unlock,
+    write_json,
+)
 from tests.robustness.test_folder import opened
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +82,40 @@ def test_json_errors_name_the_file(tmp_path, content, message):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.json .*{message}|a.json {message}"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "value, wrong",
+    [
+        ({}, "'a' is missing"),
+        ({"a": None}, "'a' is None"),
+        ({"a": True}, "'a' is True"),  # no whole number, though Python takes it for one
+        ({"a": 1.0}, "'a' is 1.0"),
+        ({"a": -1}, "'a' is -1"),
+        ({"a": "1"}, "'a' is '1'"),
+        ({"a": [7] * 99}, "'a' is .7, 7"),
+    ],
+)
+def test_a_key_of_another_type_is_named(tmp_path, value, wrong):
+    write_json(tmp_path / "a.json", value)
+    with pytest.raises(ValueError, match=f"a.json is damaged .{wrong}") as error:
+        read_json(tmp_path / "a.json", a=int)
+    assert len(str(error.value)) < 200 + len(str(tmp_path))
+    write_json(tmp_path / "a.json", {"a": 0, "b": "more"})
+    assert read_json(tmp_path / "a.json", a=int, b=str) == {"a": 0, "b": "more"}
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_paths_are_made_alike_and_nothing_else(tmp_path):
+    parser = new_parser("")
+    for name in ("data", "text", "student"):
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args(["--data", "./a//b/", "--text", "a=", "--student=nano"])
+    assert vars(args) == {"data": "a/b", "text": "a=", "student": "nano"}
 
 
 @pytest.mark.parametrize(

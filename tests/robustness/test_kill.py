@@ -64,6 +64,7 @@ def command_of(name: str, data: Path, teacher: Path, out: Path) -> list:
         ],
         "traces": [
             *("-m", "dataset.make_traces", "--teacher", teacher, "--keep", "all"),
+            *("--temperature", "1"),
             *("--prompts", data / "reason_prompts.jsonl", "--device", "cpu"),
         ],
         "cache": [

@@ -35,6 +35,7 @@ CHATS = ["--data", "chats.jsonl", *STEPS, "--seq_len", "256"]
 CACHE = ["--teacher", "teacher", "--data", "data", "--seq_len", "32", "--k", "4", "--device", "cpu"]
 SMALL = ["--vocab_size", "300", "--problems", "20", "--prompts", "5", "--test_problems", "5"]
 TRACES = ["--prompts", "prompts.jsonl", "--keep", "all", "--device", "cpu"]
+TRACES += ["--temperature", "1", "--samples", "4"]  # an untrained teacher's greedy ones never end
 COMMANDS = {
     "pretrain": [train_pretrain, "--model", "student", *TEXT],
     "distill": [train_distillation, *PAIR, *TEXT],

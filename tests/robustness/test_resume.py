@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_pretrain
 from dataset import make_traces
-from files import growing, read_json
+from files import Finished, growing, read_json
 from run.optimizer import Optimizer
 from tests.short_runs import (
     ALL,
@@ -99,6 +100,15 @@ def test_a_budget_of_seconds_keeps_its_number_of_steps(
     assert "--seconds 4" not in capsys.readouterr().out
 
 
+def test_a_slash_makes_no_other_folder_of_the_data(prepared_folder, tmp_path):
+    """What is compared on --resume is the folder, not how it was typed."""
+    words = ["--model", "nano", "--out", tmp_path / "run", *SMALL, "--steps", 2]
+    run(train_pretrain, "--data", prepared_folder, *words)
+    again = ["--data", f"{prepared_folder}/", *words, "--out", f"{tmp_path}/run/", "--resume"]
+    with pytest.raises(Finished, match="finished already"):
+        run(train_pretrain, *again)
+
+
 # Traces.
 
 
@@ -132,7 +142,8 @@ def test_traces_resume_and_keep(prepared_folder, teacher, tmp_path, monkeypatch)
 def test_traces_that_were_deleted_are_made_again(prepared_folder, teacher, tmp_path):
     """And a file that is not what its record says, or has none, is left as it is."""
     flags = ["--teacher", teacher, "--prompts", prepared_folder / "reason_prompts.jsonl"]
-    flags += ["--keep", "all", "--device", "cpu", "--out", tmp_path / "x.jsonl"]
+    flags += ["--keep", "all", "--temperature", "1", "--device", "cpu"]
+    flags += ["--out", tmp_path / "x.jsonl"]
     run(make_traces, *flags)
     made = (tmp_path / "x.jsonl").read_bytes()
     (tmp_path / "x.jsonl").unlink()
