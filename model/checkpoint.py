@@ -147,8 +147,8 @@ def load_for(folder, data, device="cpu") -> Transformer:
     """`load_model`; raises ValueError where `data` was read with another tokenizer."""
     model = load_model(folder, device)
     if data.vocab_size > (size := model.config.vocab_size):
-        more = f"the data has a vocabulary of {data.vocab_size}, {folder} has {size}"
-        raise ValueError(f"{more}: both must use one tokenizer; re-train on this data")
+        few = f"{folder} has vocabulary {size}, the data {data.vocab_size}"
+        raise ValueError(f"{few}: both must use one tokenizer; re-train on this data")
     if tokenizer_hash(folder) != data.tokenizer_sha256:
         own = f"the tokenizer of {folder} (vocabulary {model.config.vocab_size})"
         other = f"the one of {data.tokenizer_folder} (vocabulary {data.vocab_size})"
