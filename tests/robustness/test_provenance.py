@@ -120,7 +120,8 @@ def flip(path) -> None:
 
 def text_of_another_day() -> None:
     """As prepare leaves it: the hashes in meta.json are those of the new files."""
-    flip("data/train.bin")
+    content = Path("data/train.bin").read_bytes()  # two bytes a token: the first one goes last
+    Path("data/train.bin").write_bytes(content[2:] + content[:2])
     meta = read_json("data/meta.json")
     meta["train"]["sha256"] = file_hash("data/train.bin")
     Path("data/meta.json").write_text(json.dumps(meta))
