@@ -77,6 +77,10 @@ class PackedText:
         self.held_out = PackedText(folder, "val", seq_len) if split == "train" else None
         self.files += self.held_out.files if self.held_out else []
 
+    def special_ids(self):
+        jsonl = self.folder / "reason_train.jsonl"
+        raise ValueError(f"{self.folder} is text: to learn traces, pass a jsonl: --data {jsonl}")
+
     def window_ids(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """Which windows make up the batch of `step`: (batch_size,)."""
         numbers = range(step * batch_size, (step + 1) * batch_size)

@@ -56,6 +56,12 @@ RANGES = {  # flag: (smallest, largest)
 }  # fmt: skip
 
 
+def of_range(low: float, high: float, word: str = "to") -> str:
+    """ "1 to 1,000", "0.001 to 1e+09"."""
+    shown = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
+    return f" {word} ".join(shown)
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows a file's docstring as it stands, and after each flag its range and its default."""
 
@@ -66,7 +72,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:  # argparse's own hook for this
         more = []
         if action.type in (int, float) and action.dest in self.ranges:
-            more = ["{:,} to {:,}".format(*self.ranges[action.dest])]
+            more = [of_range(*self.ranges[action.dest])]
         if action.default not in (None, argparse.SUPPRESS):
             default = ("off", "on")[action.default] if action.nargs == 0 else "%(default)s"
             more.append(f"default {default}")
@@ -83,7 +89,7 @@ def check_ranges(args, **ranges: tuple) -> None:
     for name, (low, high) in (RANGES | ranges).items():
         value = getattr(args, name, None)
         if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
-            raise ValueError(f"--{name} {value} must be between {low:,} and {high:,}")
+            raise ValueError(f"--{name} {value} must be between {of_range(low, high, 'and')}")
 
 
 def printable(text: str) -> str:

@@ -152,7 +152,7 @@ def test_bad_benchmark_flags(tmp_path):
     for words, message in (
         (["--against", str(tmp_path / "bad.csv")], "bad.csv is not a CSV of this benchmark"),
         (["--against", "nowhere.csv"], "nowhere.csv is not a CSV"),
-        (["--rounds", "0"], "--rounds 0 must be 1 or more"),
+        (["--rounds", "0"], "--rounds 0 must be between 1 and 1,000,000"),
         (["--only", "generation", "--size", "huge"], "--size huge is no size of group generation"),
     ):
         with pytest.raises(ValueError, match=message):

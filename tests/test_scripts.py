@@ -327,7 +327,7 @@ def test_a_finished_run_is_not_written_over(prepared_folder, tmp_path):
     [  # robustness/test_bad_input.py has the others, without a process for each
         ("train_pretrain.py", ["--data", "nowhere"], "python -m dataset.prepare"),
         ("train_distillation.py", ["--teacher", "nobody"], "python train_pretrain.py"),
-        ("train_distill_reason.py", [], "train_distillation.py"),
+        ("train_distill_reason.py", [], "reason_train.jsonl"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(

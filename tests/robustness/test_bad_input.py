@@ -321,7 +321,7 @@ CASES = [
     (f"{DISTILL} --temperature 0", {}, "--temperature 0.0 must be between"),
     (f"{DISTILL} --temperature -2", {}, "--temperature -2.0 must be between"),
     (f"{REASON} --tag_weight -1", {"x.jsonl": GOOD}, "--tag_weight -1.0 must be between"),
-    (f"{CHAT} --data_share 0.5", {"x.jsonl": GOOD}, "--data_share needs .* prepared folder"),
+    (f"{CHAT} --data_share 0.5", {"x.jsonl": GOOD}, "--data_share is of a prepared folder"),
     # Checkpoints.
     (f"{DISTILL} --teacher nowhere", {}, "no checkpoint in 'nowhere'.* make one with"),
     (f"{DISTILL} --teacher {{in}}", {"x": "y"}, "no checkpoint in|no tokenizer in|does not exist"),

@@ -64,7 +64,7 @@ def command_of(name: str, data: Path, teacher: Path, out: Path) -> list:
         ],
         "traces": [
             *("-m", "dataset.make_traces", "--teacher", teacher, "--keep", "all"),
-            *("--temperature", "1"),
+            *("--temperature", "10"),  # or no reply of this teacher would end in time
             *("--prompts", data / "reason_prompts.jsonl", "--device", "cpu"),
         ],
         "cache": [
