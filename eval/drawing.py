@@ -95,8 +95,10 @@ def spread(rows: list[dict], column="val_loss", scale=1.0) -> tuple[float, float
 
 
 def seeds_of(rows: list[dict]) -> str:
-    count = len({row["seed"] for row in rows})
-    return f"{count} seeds: mean, lowest, highest" if count > 1 else "1 seed"
+    counts = [len({row["seed"] for row in arm}) for arm in by_arm(rows).values()]
+    few, most = min(counts), max(counts)
+    count = f"{few} to {most}" if few < most else f"{most}"
+    return f"{count} seeds: mean, lowest, highest" if most > 1 else "1 seed"
 
 
 def millions(parameters) -> str:

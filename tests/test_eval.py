@@ -612,6 +612,13 @@ def test_one_seed_names_the_costs_that_were_measured(tmp_path):
     ]
 
 
+def test_a_picture_says_how_many_seeds_its_arms_have():
+    one, three = [{"arm": "a", "seed": "0"}], [{"arm": "b", "seed": seed} for seed in "012"]
+    assert drawing.seeds_of(one) == "1 seed"
+    assert drawing.seeds_of(three) == "3 seeds: mean, lowest, highest"
+    assert drawing.seeds_of([*one, *three]) == "1 to 3 seeds: mean, lowest, highest"
+
+
 def test_a_change_that_rounds_to_nothing_is_none():
     assert drawing.change_of(measured(4.1), measured(4.002)) == "gains 0.10"
     assert drawing.change_of(measured(4.0), measured(4.2)) == "loses 0.20"
