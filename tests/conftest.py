@@ -25,7 +25,12 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return 0 if alone else min(8, available_cores())
 
 
+# Minutes each: they come first, so that no process waits for another one's in the end.
+LONGEST = ("test_parallel", "test_crash_points", "test_eval", "test_kill")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
