@@ -78,6 +78,7 @@ class PackedText:
         self.files += self.held_out.files if self.held_out else []
 
     def special_ids(self):
+        """Text has no turns and no tags: raises ValueError, where a lesson asks for them."""
         jsonl = self.folder / "reason_train.jsonl"
         raise ValueError(f"{self.folder} is text: to learn traces, pass a jsonl: --data {jsonl}")
 

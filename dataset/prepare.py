@@ -25,7 +25,7 @@ from pathlib import Path
 
 import files
 from files import check_ranges, command_line, new_parser, read_json, write_json
-from files.atomic import atomic_folder, check_keys
+from files.atomic import UNFINISHED, atomic_folder, check_keys
 
 from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
 from .packing import PackedText, write_stream
@@ -126,13 +126,13 @@ def main(args) -> None:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
     if tokenizer is not None:
         special_id(tokenizer, "<|endoftext|>")  # raises without
-    made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
-    made_from["tokenizer"] = args.tokenizer and files.tokenizer_hash(args.tokenizer)
     content = json.dumps([documents, reasoning]).encode("ascii")
-    made_from["val_share"] = val_share
-    made_from["content"] = hashlib.sha256(content).hexdigest()
+    made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)} | {
+        "val_share": val_share, "content": hashlib.sha256(content).hexdigest(),
+        "tokenizer": args.tokenizer and files.tokenizer_hash(args.tokenizer),
+    }  # fmt: skip
     files.lock(args.out, wait=True)  # of two calls the second finds it prepared
-    files.check_free(args.out, ("meta.json", "new"), args.overwrite)
+    files.check_free(args.out, ("meta.json", UNFINISHED), args.overwrite)
     if (args.out / "meta.json").is_file() and not args.overwrite:
         PackedText(args.out, "train", 1)  # raises where it is damaged
         before = {"made_from": {}, **read_json(args.out / "meta.json")}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.plots import PICTURES, by_arm, rows_of
+from eval.drawing import by_arm, rows_of
+from eval.plots import PICTURES
 from eval.samples import samples
 from files import atomic_path
 

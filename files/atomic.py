@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".minidistill-unfinished"  # no name that a user's own folder may have
 # What torch.save and safetensors say instead of OSError where a disk is full.
 WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "I/O error")
 
@@ -41,10 +42,10 @@ def atomic_path(path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
-    """`with atomic_folder(f, last) as new:` the files of `new`, f/new, replace those of the same
-    names in `f` if nothing failed. The one named `last` does so last: without it `f` is not whole,
-    and as long as there is f/new, it is ours."""
-    new = folder / "new"
+    """`with atomic_folder(f, last) as new:` the files of `new`, f/UNFINISHED, replace those of the
+    same names in `f` if nothing failed. The one named `last` does so last: without it `f` is not
+    whole, and as long as there is f/UNFINISHED, it is ours."""
+    new = folder / UNFINISHED
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir(parents=True)
     try:

@@ -49,7 +49,10 @@ class Training:
                 raise ValueError(f"{other}; start again with --overwrite") from None
             print(f"{self.args.out}: resuming after step {self.step}, from {source}")
         elif teacher is not None:
-            self.compare(self.evaluate(EVALUATED, teacher))
+            metrics = self.evaluate(EVALUATED, teacher)
+            both = "{teacher_loss:.4g}, student {val_loss:.4g}".format(**metrics)
+            print(f"held-out loss before the first step: teacher {both}")
+            self.compare(metrics)
         self.progress = self.log.bar(self.meter.total_steps(self.step), self.step)
         self.meter.started = time.perf_counter()  # models and data are loaded
 
@@ -153,10 +156,11 @@ class Training:
         return patience or self.meter.is_spent(self.step)
 
     def compare(self, metrics: dict[str, float]) -> None:
-        """Say how well teacher and student know the data, and if the teacher knows it less."""
-        both = "held-out loss: teacher {teacher_loss:.4g}, student {val_loss:.4g}".format(**metrics)
-        worse = "; the teacher is worse: one that was first trained on this data has more to teach"
-        print(both + worse * (metrics["teacher_loss"] > metrics["val_loss"]))
+        """Say so where the teacher knows the data less well than the student."""
+        teacher, student = metrics["teacher_loss"], metrics["val_loss"]
+        if teacher > student:
+            worse = f"the teacher is worse on this data than its student, {teacher:.4g} to"
+            print(f"{worse} {student:.4g}: one that was first trained on it has more to teach")
 
     def evaluate(self, most: int, teacher=None) -> dict[str, float]:
         """Metrics on held-out data, of the first student, and under other names of the others."""

@@ -378,7 +378,8 @@ def test_contexts_are_pieces_of_one_sentence(text, is_piece):
 def test_frequent_words_are_whole_tokens(prepared_folder):
     tokenizer = load_tokenizer(prepared_folder)
     text = PackedText(prepared_folder, "val", 32)
-    words = soft_labels.frequent_words(text, tokenizer, text.vocab_size)
+    tokens = [decode(tokenizer, [token]) for token in range(text.vocab_size)]
+    words = soft_labels.frequent_words(text, tokenizer, tokens)
     names = [decode(tokenizer, [token]) for token in words.nonzero().flatten().tolist()]
     whole = decode(tokenizer, text.stream.tolist())
     assert all(len(re.findall(rf"{name}\b", whole)) >= soft_labels.FREQUENT for name in names)
@@ -636,6 +637,11 @@ def test_tag_weights_are_drawn_where_there_are_several(tmp_path):
     common.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.2, 0.3)])
     assert plots.is_measured(tmp_path, "tag_weight")
     title = "A tag weight of 10 costs 40 points at 3 steps:\n65% exact at 1, 25% at 10"
+    assert title_of(tmp_path, "tag_weight", {}) == title
+    path.unlink()  # the same means, but one arm's spread is as large as the difference
+    common.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
+    common.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.0, 0.5)])
+    title = "Seeds do not tell a tag weight of 10 from 1 at 3 steps:\n65% exact at 1, 25% at 10"
     assert title_of(tmp_path, "tag_weight", {}) == title
 
 

@@ -30,10 +30,9 @@ WINDOWS, CHARACTERS, FREQUENT = 200, 45, 20
 PIECE = re.compile(r"[A-Z]?([a-z ,;:'’-]|\bI\b)+")  # of one sentence, with no name
 
 
-def frequent_words(text: PackedText, tokenizer, vocab_size: int) -> Tensor:
-    """Which tokens are a space and a whole word that the text uses often: (V,), bool."""
+def frequent_words(text: PackedText, tokenizer, tokens: list[str]) -> Tensor:
+    """Which of all tokens are a space and a whole word that the text uses often: (V,), bool."""
     words = Counter(re.findall(r" [A-Za-z]+\b", decode(tokenizer, text.stream.tolist())))
-    tokens = (decode(tokenizer, [token]) for token in range(vocab_size))
     return torch.tensor([words[token] >= FREQUENT for token in tokens])
 
 
@@ -53,8 +52,8 @@ def token_text(tokenizer, token: int) -> str:
 def choose(teacher, tokenizer, text: PackedText) -> list[tuple[str, Tensor, int]]:
     """The contexts, each with the teacher's logits (V,) and the true next token."""
     ids, labels = next(text.evaluation(WINDOWS, WINDOWS))  # (B, S)
-    words = frequent_words(text, tokenizer, text.vocab_size)
     tokens = [decode(tokenizer, [token]) for token in range(text.vocab_size)]
+    words = frequent_words(text, tokenizer, tokens)
     characters = torch.tensor(["\ufffd" not in token and bool(token.strip()) for token in tokens])
     entropy, whole = torch.zeros(ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
     readable = whole.clone()
@@ -62,8 +61,8 @@ def choose(teacher, tokenizer, text: PackedText) -> list[tuple[str, Tensor, int]
         logits = teacher(ids[row : row + 1])[0]  # (S, V)
         log_probs = logits.log_softmax(-1)
         entropy[row] = -(log_probs.exp() * log_probs).sum(-1)
-        for mask, tokens in ((whole, words), (readable, characters)):
-            mask[row] = tokens[logits.topk(TOP).indices].all(-1) & tokens[labels[row]]
+        for mask, good in ((whole, words), (readable, characters)):
+            mask[row] = good[logits.topk(TOP).indices].all(-1) & good[labels[row]]
 
     def context(row: int, place: int) -> str:
         words = " ".join(decode(tokenizer, ids[row, : place + 1].tolist()).split())

@@ -20,7 +20,7 @@ from eval import reasoning
 from eval.experiments.scales import Scale
 from eval.report import check_report
 from files import Locked, atomic, lock, unlock
-from files.atomic import atomic_folder
+from files.atomic import UNFINISHED, atomic_folder
 from methods import cached_teacher
 from model import ModelConfig, Transformer, load_model, save_model
 from tests.conftest import small_text
@@ -237,6 +237,18 @@ def test_prepare_fails_before_it_changes_anything(more, said, world):
     assert snapshot(world) == before
 
 
+def test_prepare_keeps_a_folder_of_the_users_whatever_its_name(world):
+    for name in ("new", "old", "tmp"):
+        Path("mine", name).mkdir(parents=True)
+        Path("mine", name, "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine holds files that this command did not make"):
+        call("prepare", "--out", "mine")
+    call("prepare", "--out", "mine", "--overwrite")
+    assert PackedText("mine", "train", 8).size
+    kept = [Path("mine", name, "thesis.txt").read_text() for name in ("new", "old", "tmp")]
+    assert kept == ["years of work"] * 3
+
+
 def test_prepare_replaces_only_when_told_to(world):
     call("prepare", "--out", "prepared")
     before = snapshot(world)
@@ -279,7 +291,7 @@ def test_a_folder_is_whole_or_known_not_to_be(tmp_path):
         assert os.waitpid(child, 0)[1] == 0, "more operations were expected"
         found = {file: (folder / file).read_text() for file in files if (folder / file).exists()}
         assert "meta" not in found or len(set(found.values())) == 1, (number, found)
-        assert (folder / "new").exists()  # which says whose folder it is
+        assert (folder / UNFINISHED).exists()  # which says whose folder it is
         fill("new")
         assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
             files, "new"
