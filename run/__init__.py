@@ -4,4 +4,5 @@ from files import command_line, new_parser
 
 from .evaluation import evaluate
 from .flags import add_common_flags
+from .phases import run_phase
 from .run import Run

@@ -48,7 +48,7 @@ class RunFolder:
             lock(self.path)
         record, states = self.path / "run.json", list(self.path.glob("resume/state-*.pt"))
         state, source = None, ""
-        check_free(self.path, ("run.json", "resume"), overwrite)
+        check_free(self.path, ("run.json", "resume", "phases"), overwrite)
         if resume and record.is_file():
             before = read_json(record, args=dict)
             self.check_same(before["args"], before.get("made_from", {}))

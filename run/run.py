@@ -33,6 +33,7 @@ from . import parallel, shards
 from .batches import Accumulated, count_parts, micro_batches
 from .flags import check_flags, choose_optimizer
 from .optimizer import Optimizer
+from .phases import add_phases
 from .signals import noted_signals
 from .training import Training
 
@@ -148,6 +149,7 @@ class Run:
         training, meter = self.training, self.training.meter
         teacher = self.teachers[0] if self.teachers else None
         seconds = round(meter.seconds(), 2)  # of training, not of the last evaluation
+        costs = {"tokens": meter.tokens, "flops": meter.flops, "seconds": seconds}
         metrics = training.evaluate(self.args.final_eval, teacher)
         record = {
             "argv": sys.argv, "args": training.folder.flags, "seed": self.args.seed, **git_state(),
@@ -156,8 +158,8 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": machine.describe_device(self.device), "threads": torch.get_num_threads(),
             "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),
-            "steps": training.step, "tokens": meter.tokens, "flops": meter.flops,
-            "seconds": seconds, "peak_memory_mb": machine.peak_memory_mb(self.device),
+            "steps": training.step, **add_phases(self.args, costs),
+            "peak_memory_mb": machine.peak_memory_mb(self.device),
             "best_val_loss": training.best_loss, "best_step": training.best_step,
             "metrics": metrics,
         }  # fmt: skip

@@ -4,6 +4,7 @@ script and its flags, without --out."""
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_distill_reason
@@ -94,3 +95,23 @@ def kill_in_update(monkeypatch, number: int) -> None:
         update(self, rate)
 
     monkeypatch.setattr(Optimizer, "update", update_or_die)
+
+
+SIX = ["--steps", "6", "--batch_size", "4", "--seq_len", "32", "--warmup", "2", "--eval_every", "2"]
+SIX += ["--final_eval", "8", "--device", "cpu", "--dtype", "float32"]
+
+
+def check_resume(script, flags: list, tmp_path: Path, monkeypatch, update: int = 5) -> dict:
+    """Six steps of `script` with `flags` (after SIX), whole, and killed before the `update`-th
+    update of an optimizer and resumed: equal bits, rows and metrics. Returns the whole one's
+    record; its folder is tmp_path/"whole"."""
+    record = run(script, *SIX, *flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as killing, pytest.raises(Killed):
+        kill_in_update(killing, update)
+        run(script, *SIX, *flags, "--out", tmp_path / "killed")
+    assert not (tmp_path / "killed" / "run.json").exists(), "the kill came too late"
+    resumed = run(script, *SIX, *flags, "--out", tmp_path / "killed", "--resume")
+    assert same_bits(tmp_path / "whole", tmp_path / "killed"), "resumed to other weights"
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed"), "resumed to another log.csv"
+    assert record["metrics"] == resumed["metrics"]
+    return record

@@ -1,0 +1,46 @@
+"""A run of several phases, each a run of its own: a base, an assistant, a generation.
+
+    folder = run_phase(args, "base", train, steps=200)   # train(args of the phase), in phases/base
+    ...                                                  # the last phase is the run in --out itself
+    run = Run(args); student = run.student(folder, data); ...; run.finish()
+
+A phase that is finished is loaded, one that was stopped goes on with --resume. What all phases cost
+together is in the run.json of the last one, and what each cost by itself under "phases".
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from files import Finished, read_json
+
+COSTS = ("tokens", "flops", "seconds")
+
+
+def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
+    """Run train(args) with `changes` to the flags, in --out/phases/NAME, unless that is done;
+    returns that folder. Raises ValueError where it was done with other flags or files."""
+    out = Path(args.out) / "phases" / name
+    own = Namespace(**{**vars(args), "phases": [], **changes, "out": out})
+    own.resume = args.resume or (out / "run.json").is_file() and not args.overwrite
+    own.overwrite = args.overwrite and not own.resume
+    print(f"{out}: phase {name}")
+    try:
+        train(own)
+    except Finished as reason:
+        print(reason)
+    if str(out) not in vars(args).setdefault("phases", []):
+        args.phases.append(str(out))
+    return out
+
+
+def add_phases(args: Namespace, costs: dict[str, float]) -> dict:
+    """`costs` and those of all phases before: the sums, and each phase's own."""
+    own, names = {}, getattr(args, "phases", [])
+    for folder in names:
+        record = read_json(Path(folder) / "run.json", tokens=int, flops=float)
+        own[Path(folder).name] = {name: record[name] for name in COSTS}
+    if not own:
+        return costs
+    own["last"] = {name: costs[name] for name in COSTS}
+    return {name: sum(phase[name] for phase in own.values()) for name in COSTS} | {"phases": own}
