@@ -27,6 +27,12 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature {temperature} must be a positive number")
 
 
+def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        shapes = f"student logits {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"{shapes} of the teacher differ in shape: use one batch, one tokenizer")
+
+
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """sum(weights * values) / sum(weights); 0 with a gradient path if all weigh 0."""
     if weights is None:
@@ -50,9 +56,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of every token at `temperature`, without T^2: (..., V) -> (...)."""
     check_temperature(temperature)
-    if student_logits.shape != teacher_logits.shape:
-        shapes = f"student logits {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"{shapes} of the teacher differ in shape: use one batch, one tokenizer")
+    check_shapes(student_logits, teacher_logits)
     student_log_probs = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     teacher_logits = at_least_float32(teacher_logits.detach())
     teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
