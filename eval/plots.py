@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from eval import drawing
 from eval.drawing import rows_of
-from eval.pictures import loss, reasoning, teacher
+from eval.pictures import divergences, loss, reasoning, teacher
 from files import atomic_path, command_line, new_parser
 
 PICTURES: dict[str, tuple[Callable, tuple[float, float]]] = {
@@ -36,6 +36,7 @@ PICTURES: dict[str, tuple[Callable, tuple[float, float]]] = {
     "reasoning_hard": (partial(reasoning.draw_reasoning, name="reasoning_hard"), (8.5, 3.2)),
     "tag_weight": (reasoning.draw_tag_weight, (7.5, 4.5)),
     "cache": (teacher.draw_cache, (7.5, 7.5)),
+    "mode_seeking": (divergences.draw_mode_seeking, (9, 4.8)),
 }
 
 

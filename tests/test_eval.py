@@ -25,7 +25,7 @@ from dataset.problems import make_problems
 from dataset.replies import read_problems
 from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import cache, common, jobs, scales, soft_labels
+from eval.experiments import cache, common, jobs, mode_seeking, scales, soft_labels
 from eval.experiments.jobs import Job
 from files import Finished, file_hash, lock, locks, read_json
 from model import ModelConfig, Transformer
@@ -239,6 +239,8 @@ def reproduced(prepared_folder, tmp_path_factory):
     for name, value in (("KEPT", (4,)), ("SEEDS", 1), ("DRAWS", 4), ("WINDOWS", 4)):
         patch.setattr(cache, name, value)
     common.run_experiments([cache.experiment(TINY)], place / "out" / "tiny" / "results")
+    patch.setattr(mode_seeking, "STEPS", 40)
+    mode_seeking.run(TINY, place / "out" / "tiny" / "results")
     reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
     yield place / "out" / "tiny"
     patch.undo()
