@@ -2,7 +2,7 @@
 
     student layer l = teacher layer round( l (L_t - 1) / (L_s - 1) ),    l = 0 ... L_s - 1
     channels kept   = the D with the largest mean |x| after the norms, the same in every matrix
-    loss            = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student)
+    loss            = alpha * CE + (1 - alpha) * KL(teacher || student)
 
 Layers that a teacher has learned are a better start than random ones: half of them still speak its
 language (DistilBERT, 1910.01108). A narrower student keeps whole channels of the residual stream,
@@ -37,39 +37,31 @@ from run import Run, add_common_flags, command_line, new_parser
 
 RANKED = 4  # batches of training data whose activations rank channels, heads and units
 RANGES = {"layers": (0, 1000)}
+CUT = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-def compute_loss(student_logits, teacher_logits, labels, temperature: float, alpha: float):
-    """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its two parts: logits (B, S, V), labels
-    (B, S). The half that alpha leaves out is not computed."""
-    valid, loss, parts = labels != -100, 0.0, {}
-    if alpha > 0:
-        parts["ce"] = weighted_mean(cross_entropy(student_logits, labels), valid)
-        loss = loss + alpha * parts["ce"]
-    if alpha < 1:
-        kl = kl_divergence(student_logits, teacher_logits, temperature)
-        parts["kl"] = weighted_mean(kl, valid)
-        loss = loss + (1 - alpha) * temperature**2 * parts["kl"]
-    return loss, parts
-
-
-def shape_of(args, teacher: ModelConfig) -> ModelConfig:
-    """The teacher's configuration with the sizes of the preset --student, as --width allows."""
-    if args.student not in PRESETS:
-        cure = f"use one of {', '.join(PRESETS)}"
-        raise ValueError(f"--student {args.student} is no preset, whose shape is needed: {cure}")
-    small = ModelConfig.preset(args.student, teacher.vocab_size)
-    sizes = {"num_hidden_layers": args.layers or small.num_hidden_layers}
-    if args.width != "full":
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
-            sizes[name] = getattr(small, name)
-        sizes["intermediate_size"] = small.intermediate_size
-    return replace(teacher, **sizes)
+def compute_loss(student_logits, teacher_logits, labels, alpha: float):
+    """alpha * CE + (1 - alpha) * KL, a scalar, and its two parts: logits (B, S, V), of the teacher
+    None where alpha is 1; labels (B, S)."""
+    valid = labels != -100
+    ce = weighted_mean(cross_entropy(student_logits, labels), valid)
+    if teacher_logits is None:
+        return ce, {"ce": ce}
+    kl = weighted_mean(kl_divergence(student_logits, teacher_logits, 1.0), valid)
+    return alpha * ce + (1 - alpha) * kl, {"ce": ce, "kl": kl}
 
 
 def cut_out(args, teacher: Transformer, batches: list[Tensor]) -> Transformer:
-    """The student before its first step; batches of input_ids (B, S) rank what is kept."""
-    shape = shape_of(args, teacher.config)
+    """The student before its first step: the teacher's configuration with the sizes of a preset, as
+    --width allows; batches of input_ids (B, S) rank what is kept."""
+    if args.student not in PRESETS:
+        cure = f"use one of {', '.join(PRESETS)}"
+        raise ValueError(f"--student {args.student} is no preset, whose shape is needed: {cure}")
+    preset = ModelConfig.preset(args.student, teacher.config.vocab_size)
+    sizes = {"num_hidden_layers": args.layers or preset.num_hidden_layers}
+    if args.width != "full":
+        sizes |= {name: getattr(preset, name) for name in CUT}
+    shape = replace(teacher.config, **sizes)
     if args.init == "random":
         return Transformer(shape)
     ranks = importance(teacher, batches)
@@ -86,7 +78,6 @@ def parse_args(argv=None):
     add("--layers", type=int, default=0, help="of the student; 0: as many as the preset has")
     width = "how much of a layer is kept: the preset's sizes by importance, or the first, or all"
     add("--width", choices=("importance", "first", "full"), default="importance", help=width)
-    add("--temperature", type=float, default=1.0, help="T")
     add("--alpha", type=float, default=0.5, help="0: teacher; 1: labels")
     add_data_flags(parser)
     add_common_flags(parser, out="out/init_from_teacher", pair=True, fused=False)
@@ -107,9 +98,7 @@ def main(args) -> dict:
             student_logits = student(input_ids)  # (B, S, V)
             with torch.no_grad():
                 teacher_logits = teacher(input_ids) if args.alpha < 1 else None
-        loss, parts = compute_loss(
-            student_logits, teacher_logits, labels, args.temperature, args.alpha
-        )
+        loss, parts = compute_loss(student_logits, teacher_logits, labels, args.alpha)
         run.step(loss, **parts)
     return run.finish()
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import add_data_flags, open_data
-from distill import cross_entropy, kl_divergence, weighted_mean
+from distill import at_least_float32, cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
 from model import PRESETS, Record, Transformer, read_config
 from run import Run, add_common_flags, command_line, new_parser, run_phase
@@ -38,7 +38,8 @@ RANGES = {"share": (0.0, 0.95)}
 
 
 def normalise(states: Tensor) -> Tensor:
-    return states.float() * states.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    states = at_least_float32(states)
+    return states * states.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
 def layer_loss(state, target, project, valid) -> Tensor:
