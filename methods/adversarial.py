@@ -7,12 +7,13 @@
 h (B, S, D) is the student's state after its last layer, t (B, S, E) the teacher's, n divides by the
 root mean square, W (D -> E) is learned with the student and thrown away. Nothing says which state
 belongs to which token, only how the teacher's states are spread: a weaker demand than |W h - t|^2,
-for a student that cannot meet that (GAN, 1406.2661, in its non-saturating form). Of samples instead
-of states it needs rewards, for no gradient passes a drawn token (GAD, 2511.10643). KL points to the
+for a student that cannot meet that (GAN, 1406.2661, in its non-saturating form). Samples instead of
+states need rewards, for no gradient passes a drawn token (GAD, 2511.10643). KL points to the
 student; the teacher gets no gradient, C none from `fooled`, the student none from `judged`; C has
-an optimizer of its own. Means are over labels that are not -100. Charged: the teacher's forward
-pass, C and W. Traps: without stop() the student helps to be told apart; where C follows `fooled` it
-goes blind; size gives a state away before anything else does, hence n. RESULT_NOTE
+an optimizer of its own. Means are over labels that are not -100.
+Charged: the teacher's forward pass, C and W.
+Traps: without stop() the student helps to be told apart; a C that learns from `fooled` goes blind;
+size gives a state away before anything else does, hence n. RESULT_NOTE
 
     python -m methods.adversarial
     python -m methods.adversarial --weight 0             # C only watches: plain distillation
@@ -45,10 +46,10 @@ def play(seen: Tensor, target: Tensor, discriminator: nn.Module, valid: Tensor) 
     """fooled, judged, and the discriminator's accuracy, scalars: states of the student (projected)
     and of the teacher, both (B, S, E), valid (B, S)."""
     seen, target = normalise(seen), normalise(target.detach())
-    true, false = discriminator(target), discriminator(seen.detach())  # (B, S, 1)
+    true, false = (at_least_float32(discriminator(x)) for x in (target, seen.detach()))  # (B, S, 1)
     judged = F.softplus(-true) + F.softplus(false)
     discriminator.requires_grad_(False)  # what the student wants does not teach the judge
-    fooled = F.softplus(-discriminator(seen))
+    fooled = F.softplus(-at_least_float32(discriminator(seen)))
     discriminator.requires_grad_(True)
     right = ((true > 0).float() + (false <= 0).float()) / 2
     values = {"fooled": fooled, "judged": judged, "accuracy": right}

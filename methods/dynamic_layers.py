@@ -7,15 +7,15 @@
     lag(e)_l = stop(e_l)^power / sum_k stop(e_k)^power
 
 h (B, S, D) are the student's states, t (B, S, E) the teacher's, m(l) = round(l L_t / L_s), index 0
-the embedding; n divides by the root mean square; W and U are learned and thrown away. A model's
-depth can be read as the time of a differential equation, so changes are matched beside states:
-Feature Dynamics Distillation (ACL 2025, openreview YzOaEbkS4X; it compares both in the vocabulary's
-space, we project). Weights that follow the layers that lag are what popular texts call SDD; no
-published source of that name was found: `lag` is our definition. KL points to the student; nothing
-flows into the teacher or into lag; means are over labels that are not -100, lag is of a
-micro-batch. Charged: the teacher's forward pass, the projections. Traps: a lag that carries
-gradient (then a layer is paid for falling behind); weights that do not sum to 1, which change the
-rate and not the balance.
+the embedding; n divides by the root mean square; W and U are learned and thrown away. Depth can be
+read as the time of a differential equation, so changes are matched beside states: Feature Dynamics
+Distillation (ACL 2025, openreview YzOaEbkS4X; it compares in the vocabulary's space, we project).
+Weights that follow the layers that lag are what popular texts call SDD: no published source of that
+name was found, `lag` is our definition. KL points to the student; no gradient reaches the teacher,
+or flows through lag; means are over labels that are not -100, lag is of a micro-batch.
+Charged: the teacher's forward pass, and the projections.
+Traps: a lag that carries gradient (then a layer is paid for falling behind); weights that do not
+sum to 1, which change the rate and not the balance.
 
     python -m methods.dynamic_layers
     python -m methods.dynamic_layers --power 0 --dynamics 0     # plain matching of hidden states

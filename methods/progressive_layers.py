@@ -10,9 +10,10 @@ embedding in phase 1): a short problem with a near target, where the whole depth
 the teacher's states they would be another method. KL points to the student; no gradient reaches the
 teacher or a frozen layer; means are over labels that are not -100. All phases together take the
 steps of one plain run, each with a warm-up and a cosine of its own.
-Charged: in a layer's phase no head, but both bodies whole, also the layers above. Traps: a tied
-head that still moves the frozen embedding; an optimizer that holds frozen weights and shrinks them;
-the cost of the last phase alone. Held-out losses of a layer's phase mean nothing: its head is new.
+Charged: all phases; in a layer's no head, but both bodies whole, also the layers above it.
+Traps: a tied head that still moves the frozen embedding; an optimizer that holds frozen weights and
+shrinks them; the cost of the last phase told as all. The held-out loss of a layer's phase means
+nothing, for its head is new.
 
     python -m methods.progressive_layers
     python -m methods.progressive_layers --share 0.2     # a fifth of the steps for the layers

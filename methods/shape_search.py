@@ -9,11 +9,12 @@ What a search may trust a short budget for is how its ranking agrees with the la
 the same order, and by chance 0, give or take sqrt(2 (2n + 5) / (9n (n - 1))), 0.22 for n = 12.
 Beside it stands a ranking that costs nothing, by depth. The shape that is best after the short run
 with the teacher is the student in --out; all are in shapes.json. Searches with a teacher: DNA
-(1911.13053), AdaBERT (2001.04246). The loss is alpha * CE + (1 - alpha) * KL(teacher || student),
-a mean over labels that are not -100; no gradient reaches the teacher. Charged: all runs, with the
-teacher's passes where it is heard. Traps: sizes that differ; equal sizes told as equal costs (a
-narrow shape has less of its parameters in the embedding, which costs nothing to look up, but as
-head it does); the winner reported alone; last losses closer than two seeds' have no order.
+(1911.13053), AdaBERT (2001.04246).
+The loss is alpha * CE + (1 - alpha) * KL(teacher || student), a mean over labels that are not -100;
+no gradient reaches the teacher.
+Charged: all runs, with the teacher's passes where it is heard.
+Traps: sizes that differ; equal sizes told as equal costs (they are not, see the flops of each
+phase); the winner reported alone; last losses closer than two seeds' have no order.
 
     python -m methods.shape_search                            # about 10 minutes on a core
     python -m methods.shape_search --shapes 6 --short 20

@@ -171,8 +171,13 @@ def test_a_cloud_of_states_is_moved_onto_another():
 def teacher(prepared_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adversarial") / "teacher"
     torch.manual_seed(0)
-    save_model(Transformer(ModelConfig.preset("micro", 400)), folder, prepared_folder)
+    save_model(Transformer(ModelConfig(400, 32, 2, 2, 1, 16, 64)), folder, prepared_folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch):
+    monkeypatch.setattr("run.training.EVALUATED", 8)
 
 
 def test_both_players_stop_and_resume_to_the_same_bits(

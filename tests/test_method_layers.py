@@ -80,8 +80,13 @@ def test_no_gradient_reaches_the_teacher_and_the_student_s_is_right():
 def teacher(prepared_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers") / "teacher"
     torch.manual_seed(0)
-    save_model(Transformer(ModelConfig.preset("mini", 400)), folder, prepared_folder)
+    save_model(Transformer(ModelConfig(400, 32, 4, 2, 1, 16, 64)), folder, prepared_folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch):
+    monkeypatch.setattr("run.training.EVALUATED", 8)
 
 
 def freeze_blocks(student, number):

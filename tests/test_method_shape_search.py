@@ -94,11 +94,13 @@ def test_the_loss_is_that_of_lesson_2(alpha):
 
 
 def test_a_search_stops_and_resumes_to_the_same_bits(prepared_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("run.training.EVALUATED", 8)
+    monkeypatch.setattr("model.shapes.MOST_LAYERS", 3)
     for name in shapes_of_size(2, ModelConfig.preset("nano", 400)):
         monkeypatch.setitem(PRESETS, name, PRESETS["nano"])  # taken out again after the test
     torch.manual_seed(0)
     teacher = tmp_path / "teacher"
-    save_model(Transformer(ModelConfig.preset("nano", 400)), teacher, prepared_folder)
+    save_model(Transformer(ModelConfig(400, 32, 2, 2, 1, 16, 64)), teacher, prepared_folder)
     flags = ["--data", prepared_folder, "--teacher", teacher, "--shapes", 2, "--short", 1]
     # Two short runs of each shape, one update each; the eighth is in the middle of a last run.
     record = check_resume(shape_search, [*flags, "--steps", 4], tmp_path, monkeypatch, update=7)
