@@ -267,7 +267,7 @@ def teachers(prepared_folder, tmp_path_factory):
 
 
 def test_one_teacher_trains_the_student_of_lesson_2(teachers, prepared_folder, tmp_path):
-    flags = [*SIX, "--data", prepared_folder, "--teacher", teachers[0]]
+    flags = [*SIX, "--steps", 2, "--data", prepared_folder, "--teacher", teachers[0]]
     run(train_distillation, *flags, "--out", tmp_path / "lesson")
     for name, *more in (("mixture",), ("product", "--learn_weights", 2)):
         run(ensemble, *flags, "--combine", name, *more, "--out", tmp_path / name)
@@ -278,7 +278,8 @@ def test_resume_with_every_flag(teachers, prepared_folder, tmp_path, monkeypatch
     both = ",".join(map(str, teachers))
     flags = ["--data", prepared_folder, "--teacher", both, "--learn_weights", 4, "--alpha", 0.3]
     flags += ["--most_disagreement", 0.3, "--temperature", 2, "--combine", "product"]
-    check_resume(ensemble, flags, tmp_path, monkeypatch)
+    flags += ["--steps", 3, "--batch_size", 8]  # the state that a killed run left is of step 2
+    check_resume(ensemble, flags, tmp_path, monkeypatch, update=3)
     assert len(read_json(tmp_path / "whole" / "run.json")["sources"]["teacher_sha256"]) == 2
     said = next(line for line in capsys.readouterr().out.splitlines() if line[:8] == "weights:")
     weights = [float(part.split()[-1]) for part in said.split(", ")]
