@@ -8,8 +8,8 @@ A teacher no larger than its student can teach too: its distribution is a smooth
 label, and its mistakes are not those of new weights (BAN, Furlanello et al. 2018, 1805.04770).
 
     KL points to the later generation; no gradient reaches the earlier one.
-    Means are over the labels that are not -100. Each generation starts from weights of its own,
-    the last one from those of --seed: from the same ones it would be a longer run, not a new one.
+    Means are over the labels that are not -100. Each generation has weights and an order of
+    batches of its own, as in the paper; the last one's are those of --seed.
     Charged: all trainings (run.json: "phases"); `together` costs a pass per generation to use.
     Traps: G trainings are to be compared with one of G times the steps, and `together` with as many
     plain students together, for most of an ensemble's gain needs no teaching.
@@ -18,7 +18,7 @@ label, and its mistakes are not those of new weights (BAN, Furlanello et al. 201
     python -m methods.born_again --teacher out/teacher --generations 1
 
 Judged on few: success is 0.02 nats below a plain student of the cost of all, over 3 seeds.
-Try: --generations 4 (when does it stop to help?); --alpha 0 (labels in generation 0 alone).
+Try: --generations 4 (when does it stop helping?); --alpha 0 (labels in generation 0 alone).
 Shapes: B batch, S sequence, V vocabulary, G generations.
 """
 

@@ -6,8 +6,8 @@
     loss = alpha * CE + (1 - alpha) * T^2 * KL(p || student);  CE alone where J > a threshold
 
 Mistakes that teachers do not share average out (1503.02531; BabyLlama, 2308.02019). w_k = 1/K, or
-those that make a few labels likeliest (distill/mixture.py). The mean of K KLs has the gradient of
-the mixture's KL, and is J larger; their sum is K times that mean.
+those whose mixture makes a few labels likeliest (distill/mixture.py). The mean of K KLs has the
+gradient of the mixture's KL, and is J larger; their sum is K times that mean.
 
     KL points to the student; no gradient reaches a teacher; p_k, p and J are those at T.
     All means are over the labels that are not -100, also where J filters: no token is lost.

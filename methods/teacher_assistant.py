@@ -10,8 +10,8 @@ own mistakes: what the student loses of the first teacher is the KL and agreemen
     KL points from whoever teaches to whoever learns; no gradient reaches the former.
     Means are over the labels that are not -100.
     Charged: both trainings, with the passes of their teachers (run.json: "phases").
-    Traps: an assistant is extra training, so compare at equal cost, and with the assistant itself
-    and with a plain run of as many steps; gaps shrink once T is chosen for each.
+    Traps: an assistant is extra training, so compare with lesson 2 at the cost of both; a gap
+    between teacher and student may only be a temperature that was not chosen for it.
 
     python -m methods.teacher_assistant                      # two trainings: two minutes
     python -m methods.teacher_assistant --assistant mini --temperature 2
