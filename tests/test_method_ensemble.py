@@ -15,7 +15,7 @@ from methods import ensemble
 from methods.ensemble import compute_loss
 from model import make_or_load, save_model
 from tests.explain import check
-from tests.short_runs import SIX, check_resume, run, same_bits
+from tests.short_runs import SIX, check_resume, logged, run, same_bits
 
 LN = math.log
 IGNORE = -100
@@ -83,8 +83,11 @@ def test_two_teachers_by_hand(combine, expected):
 def test_weights_by_hand():
     """1/3 and 2/3: (0.6, 0.4); and 0.8^(1/3) 0.5^(2/3) : 0.2^(1/3) 0.5^(2/3) = 4^(1/3) : 1."""
     weights = torch.tensor([1 / 3, 2 / 3], dtype=torch.double)
-    loss, _ = loss_of(STUDENT, TWO, LABEL, weights=weights)
+    loss, parts = loss_of(STUDENT, TWO, LABEL, weights=weights)
     assert loss.item() == pytest.approx(0.6 * LN(1.2) + 0.4 * LN(0.8), rel=1e-6)
+    first, whole = -(0.8 * LN(0.8) + 0.2 * LN(0.2)), -(0.6 * LN(0.6) + 0.4 * LN(0.4))
+    J = whole - first / 3 - 2 * LN(2) / 3
+    check(parts["disagreement"], J, {"weights left out": whole - first / 2 - LN(2) / 2}, 1e-9)
     first = 4 ** (1 / 3) / (1 + 4 ** (1 / 3))
     loss, _ = loss_of(STUDENT, TWO, LABEL, "product", weights=weights)
     assert loss.item() == pytest.approx(first * LN(2 * first) + (1 - first) * LN(2 - 2 * first))
@@ -255,13 +258,19 @@ def test_em_finds_the_likeliest_mixture():
 # The command.
 
 
+def opinionated(module):
+    if isinstance(module, torch.nn.Linear):
+        module.weight *= 10  # so that the layers outweigh the embedding
+
+
 @pytest.fixture(scope="module")
 def teachers(prepared_folder, tmp_path_factory):
     folders = [tmp_path_factory.mktemp("teachers") / name for name in "AB"]
     for seed, folder in enumerate(folders):
         torch.manual_seed(seed)
         model = make_or_load("nano", 400)
-        model.lm_head.weight.data *= 20  # teachers with opinions
+        model.model.layers.requires_grad_(False).apply(opinionated)
+        model.model.norm.weight.data *= 5
         save_model(model, folder, prepared_folder)
     return folders
 
@@ -281,6 +290,9 @@ def test_resume_with_every_flag(teachers, prepared_folder, tmp_path, monkeypatch
     flags += ["--steps", 3, "--batch_size", 8]  # the state that a killed run left is of step 2
     check_resume(ensemble, flags, tmp_path, monkeypatch, update=3)
     assert len(read_json(tmp_path / "whole" / "run.json")["sources"]["teacher_sha256"]) == 2
+    assert all(float(J) > 0.01 for (J,) in logged(tmp_path / "whole", "disagreement")), (
+        "teachers that never disagree are one teacher: a folder was dropped (as in verl)"
+    )
     said = next(line for line in capsys.readouterr().out.splitlines() if line[:8] == "weights:")
     weights = [float(part.split()[-1]) for part in said.split(", ")]
     assert weights != [0.5, 0.5] and sum(weights) == pytest.approx(1, abs=2e-3)
