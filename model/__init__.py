@@ -2,5 +2,6 @@
 
 from .checkpoint import load_for, load_model, make_or_load, read_config, save_model, weights_hash
 from .config import PRESETS, ModelConfig
+from .experts import ExpertsConfig, add_experts
 from .generate import generate, stream
 from .transformer import Record, Transformer

@@ -20,6 +20,7 @@ from files import atomic_path, copy_tokenizer, file_hash, read_json, tokenizer_h
 from files.origin import known_hash
 
 from .config import PRESETS, ModelConfig
+from .experts import MIXTRAL, ExpertsConfig, add_experts
 from .transformer import Transformer
 
 MANIFEST = "manifest.json"
@@ -85,8 +86,9 @@ def read_config(folder) -> ModelConfig:
         cure = f"make one with: {make} (DATA: what it is to know), or pass another folder"
         raise ValueError(f"no checkpoint in '{folder}': {path} does not exist; {cure}")
     config = read_json(path)
+    kind = ExpertsConfig if config.get("architectures") in ([MIXTRAL], MIXTRAL) else ModelConfig
     try:
-        return ModelConfig.from_json(config)
+        return kind.from_json(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -112,6 +114,8 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: nothing is allocated before the file is checked
         model = Transformer(config)
+        if isinstance(config, ExpertsConfig):
+            add_experts(model, config)
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(Path(folder)):
         try:

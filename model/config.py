@@ -79,7 +79,7 @@ class ModelConfig:
         named = config.get("architectures") or ["none"]
         architecture = named[0] if isinstance(named, list) else named
         if architecture not in ARCHITECTURES:
-            cure = f"use a checkpoint of {', '.join(ARCHITECTURES)}"
+            cure = f"use a checkpoint of {', '.join(ARCHITECTURES)} or MixtralForCausalLM"
             raise ValueError(f"architecture '{architecture}' is not supported: {cure}")
         # transformers 5 moved the rotary settings into "rope_parameters".
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
