@@ -160,6 +160,7 @@ def test_a_start_is_in_the_first_weights(start, chain, prepared_folder, tmp_path
 def test_stop_and_resume(prepared_folder, tmp_path, monkeypatch):
     """Killed in the phase: a sparse model with its optimizer comes back to the bit."""
     flags = ["--data", prepared_folder, *PHASE, "--experts_per_token", 1, "--balance", 0.1]
+    flags += ["--start", "rest"]
     check_resume(experts_to_dense, flags, tmp_path, monkeypatch, update=3)
     teachers = [weights(tmp_path / name / "phases" / "teacher") for name in ("whole", "killed")]
     assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
