@@ -11,7 +11,7 @@ teacher's adapter: copied, where both have one base, or projected (model/lora_tr
 KL points from the teacher to the student; no gradient reaches the teacher, nor W; means are over
 labels that are not -100. Traps: a merge without lora_alpha / r; A = B = 0 never learn; a tag that
 the base never saw keeps its random row, as embeddings are frozen.
-Charged: all phases, the teacher's passes. Of the student a step is a quarter cheaper than at rank 0.
+Charged: all phases, the teacher's passes. A student's step is a quarter cheaper than at rank 0.
 
     python -m methods.lora                # word problems; takes about three minutes
     python -m methods.lora --data out/data --data_share 0.1 --teacher_steps 0 --out out/lora_text
