@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from eval import drawing
 from eval.drawing import rows_of
-from eval.pictures import divergences, loss, reasoning, teacher
+from eval.pictures import divergences, loss, methods, reasoning, teacher
 from files import atomic_path, command_line, new_parser
 
 PICTURES: dict[str, tuple[Callable, tuple[float, float]]] = {
@@ -48,10 +48,10 @@ def is_measured(results: Path, name: str) -> bool:
     return bool(rows_of(results, name))
 
 
-def draw_all(results: Path) -> list[Path]:
+def draw_all(results: Path, pictures=PICTURES) -> list[Path]:
     """Draw each picture whose CSV is there; returns the paths."""
     paths = []
-    for name, (draw, size) in PICTURES.items():
+    for name, (draw, size) in pictures.items():
         if not is_measured(results, name):
             continue
         figure = plt.figure(figsize=size, layout="constrained")
@@ -80,7 +80,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args) -> None:
-    paths = draw_all(args.results)
+    paths = draw_all(args.results, PICTURES | methods.PICTURES)
     if not paths:
         raise ValueError(
             f"no results.csv below '{args.results}': make them with: python -m eval.reproduce "

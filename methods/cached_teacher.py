@@ -16,6 +16,7 @@ average (2503.16870), hidden is exact. KL points to the student; means are over 
     python -m methods.cached_teacher --teacher_cache out/topk.cache --no_tail --out out/topk
 
 Judged on text: success is within 0.01 nats of the live teacher (eval/experiments/cache.py).
+Try: --alpha 0; --k 4, with and without --no_tail.
 Shapes: B batch, S sequence, V vocabulary, k kept tokens.
 """
 
