@@ -131,11 +131,13 @@ def job_of(scale: Scale, bed: str, name: str, command: str, seed: int, steps: fl
     return Job(script, f"{scale.root}/runs/{bed}/{folder}-s{seed}", tuple(flags.items()), needs)
 
 
-def documents(text: PackedText, search: bool) -> np.ndarray:
-    """Windows of the first held-out document, for the search, or of all others, for the table. Of
-    a text that is one document the first quarter stands for the first document."""
-    ends = np.flatnonzero(np.asarray(text.stream[:-1]) == 0)  # <|endoftext|>
-    first = ends[0] // text.seq_len if len(ends) else text.size // 4
+def documents(text: PackedText, bed: str, search: bool) -> np.ndarray:
+    """Windows of the first held-out document, for the search, or of all others, for the table. The
+    oracle's text is one document, of which the first quarter stands for the first."""
+    first = text.size // 4
+    if bed != "oracle":
+        ends = np.flatnonzero(np.asarray(text.stream[:-1]) == 0)  # <|endoftext|>
+        first = ends[0] // text.seq_len if len(ends) else first
     return np.arange(first) if search else np.arange(first + 1, text.size)
 
 
@@ -158,7 +160,7 @@ def row_of(scale: Scale, bed: str, search: bool, job: Job) -> dict:
         load_model(job.out, device),
         load_model(reference(scale, bed, job).out, device),
     )
-    windows = documents(text, search)
+    windows = documents(text, bed, search)
     chosen = windows[np.linspace(0, len(windows) - 1, scale.text_final_eval).astype(int)]
     chosen = np.array_split(np.unique(chosen), -(-len(chosen) // scale.text_batch))
     batches = (text.take(some) for some in chosen)

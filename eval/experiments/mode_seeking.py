@@ -12,6 +12,9 @@ gradient, so it ends where its pull is 0, which need not be its lowest value.)
     coverage     sum of p(v) where q(v) > 0.01: how much of the teacher's the student would say
     precision    sum of q(v) where p(v) > 0.01: how much of the student's the teacher would say
 
+How many starts end in one mode depends on these starts and rates: from wide ones alone reverse KL
+stays wide. That its lowest fit is one mode, and forward KL has one optimum, does not.
+
 No data and no teacher is needed; it takes half a minute. A student that can fit p has no such
 choice to make: there all divergences have one optimum, q = p.
 """

@@ -81,7 +81,12 @@ def draw_quality(results: Path, figure) -> None:
     title = f"{best([f'The student of {kind}' for kind in kinds], losses)}\n({seeds})"
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")
     points = read_rows(Path(results) / "teacher_quality" / "points.csv")
-    looks = zip(dict.fromkeys(row["token"] for row in points), (BLUE, ORANGE, GREEN, RED), "o^sv")
+    looks = zip(
+        dict.fromkeys(row["token"] for row in points),
+        (BLUE, ORANGE, GREEN, RED),
+        "o^sv",
+        strict=False,
+    )
     looks = {token: (color, marker) for token, color, marker in looks}
     for axis, kind in zip(
         below.subplots(1, len(kinds), sharex=True, sharey=True), kinds, strict=True
