@@ -13,7 +13,7 @@ student; the teacher gets no gradient, C none from `fooled`, the student none fr
 an optimizer of its own. Means are over labels that are not -100.
 Charged: the teacher's forward pass, C and W.
 Traps: without stop() the student helps to be told apart; a C that learns from `fooled` goes blind;
-size gives a state away before anything else does, hence n. RESULT_NOTE
+size gives a state away before anything else does, hence n.
 
     python -m methods.adversarial
     python -m methods.adversarial --weight 0             # C only watches: plain distillation
@@ -30,16 +30,12 @@ from torch import Tensor, nn
 
 from dataset import add_data_flags, open_data
 from distill import at_least_float32, cross_entropy, kl_divergence, weighted_mean
+from distill.hidden import normalise
 from files import check_ranges
 from model import Record
 from run import Run, add_common_flags, command_line, new_parser
 
 RANGES = {"weight": (0.0, 1e3), "discriminator_rate": (1e-12, 1.0), "units": (1, 2**16)}
-
-
-def normalise(states: Tensor) -> Tensor:
-    states = at_least_float32(states)
-    return states * states.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
 def play(seen: Tensor, target: Tensor, discriminator: nn.Module, valid: Tensor) -> dict:

@@ -6,7 +6,7 @@
          + weight * sum_l lag(e)_l e_l + dynamics * sum_l lag(d)_l d_l
     lag(e)_l = stop(e_l)^power / sum_k stop(e_k)^power
 
-h (B, S, D) are the student's states, t (B, S, E) the teacher's, m(l) = round(l L_t / L_s), index 0
+h (B, S, D) are the student's states, t (B, S, E) the teacher's, m(l) = ceil(l L_t / L_s), index 0
 the embedding; n divides by the root mean square; W and U are learned and thrown away. Depth can be
 read as the time of a differential equation, so changes are matched beside states: Feature Dynamics
 Distillation (ACL 2025, openreview YzOaEbkS4X; it compares in the vocabulary's space, we project).
@@ -29,17 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from dataset import add_data_flags, open_data
-from distill import at_least_float32, cross_entropy, kl_divergence, weighted_mean
+from distill import cross_entropy, kl_divergence, weighted_mean
+from distill.hidden import hidden_state_loss, layer_pairs
 from files import check_ranges
 from model import Record
 from run import Run, add_common_flags, command_line, new_parser
 
 RANGES = {"power": (0.0, 16.0), "weight": (0.0, 1e3), "dynamics": (0.0, 1e3)}
-
-
-def normalise(states: Tensor) -> Tensor:
-    states = at_least_float32(states)
-    return states * states.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
 def lag(errors: Tensor, power: float) -> Tensor:
@@ -50,11 +46,8 @@ def lag(errors: Tensor, power: float) -> Tensor:
 
 def errors_of(states, targets, projections, valid) -> Tensor:
     """| W_l n(h_l) - n(t_l) |^2 / E, (L,): lists of (B, S, D) and (B, S, E); valid (B, S)."""
-    errors = []
-    for state, target, project in zip(states, targets, projections, strict=True):
-        error = project(normalise(state)) - normalise(target.detach())  # (B, S, E)
-        errors.append(weighted_mean(error.square().mean(-1), valid))
-    return torch.stack(errors)
+    triples = zip(states, targets, projections, strict=True)
+    return torch.stack([hidden_state_loss(h, t, valid, W) for h, t, W in triples])
 
 
 def changes(states: list[Tensor]) -> list[Tensor]:
@@ -91,8 +84,8 @@ def main(args) -> dict:
     run = Run(args)
     data = open_data(args, args.student, args.teacher)
     teacher, student = run.teacher(args.teacher, data), run.student(args.student, data)
-    L, layers = len(student.model.layers), len(teacher.model.layers)
-    met = [round(number * layers / L) for number in range(L + 1)]  # 0 is the embedding
+    L = len(student.model.layers)
+    pairs = [(0, 0), *layer_pairs("uniform", L, len(teacher.model.layers))]  # 0 is the embedding
     D, E = student.config.hidden_size, teacher.config.hidden_size
     W, U = (nn.ModuleList(nn.Linear(D, E, bias=False) for _ in range(L)) for _ in range(2))
     run.optimize(student, W, U)
@@ -102,7 +95,7 @@ def main(args) -> dict:
             student(input_ids, record=mine)
             with torch.no_grad():
                 teacher(input_ids, record=theirs)
-            theirs.hidden = [theirs.hidden[number] for number in met]
+            theirs.hidden = [theirs.hidden[number] for _, number in pairs]
             loss, parts = compute_loss(
                 mine, theirs, labels, (W, U), args.alpha, args.weight, args.dynamics, args.power
             )

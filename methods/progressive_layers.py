@@ -1,6 +1,6 @@
 """Layer by layer: each student layer first learns to say what a teacher layer says, then all learn.
 
-    phase l = 1 ... L_s   | W_l n(h_l) - n(t_m(l)) |^2 / E,   m(l) = round( l L_t / L_s )
+    phase l = 1 ... L_s   | W_l n(h_l) - n(t_m(l)) |^2 / E,   m(l) = ceil( l L_t / L_s )
     last phase            alpha * CE + (1 - alpha) * KL(teacher || student)
 
 h_l (B, S, D) is the student's state after its layer l, t (B, S, E) the teacher's, n divides by the
@@ -27,26 +27,16 @@ Shapes: B batch, S sequence, V vocabulary, D and E widths, L_s and L_t layers of
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dataset import add_data_flags, open_data
-from distill import at_least_float32, cross_entropy, kl_divergence, weighted_mean
+from distill import cross_entropy, kl_divergence, weighted_mean
+from distill.hidden import hidden_state_loss, layer_pairs
 from files import check_ranges
 from model import PRESETS, Record, Transformer, read_config
 from run import Run, add_common_flags, command_line, new_parser, run_phase
 
 RANGES = {"share": (0.0, 0.95)}
-
-
-def normalise(states: Tensor) -> Tensor:
-    states = at_least_float32(states)
-    return states * states.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-
-
-def layer_loss(state, target, project, valid) -> Tensor:
-    """| W n(h) - n(t) |^2 / E: state (B, S, D), target (B, S, E), valid (B, S) -> a scalar."""
-    error = project(normalise(state)) - normalise(target.detach())  # (B, S, E)
-    return weighted_mean(error.square().mean(-1), valid)
 
 
 def compute_loss(student_logits, teacher_logits, labels, alpha: float):
@@ -71,7 +61,7 @@ def train_layer(args, number: int) -> None:
     data = open_data(args, args.student, args.teacher)
     teacher, student = run.teacher(args.teacher, data), run.student(args.student, data)
     freeze_but(student, number)
-    target = round(number * len(teacher.model.layers) / len(student.model.layers))
+    pairs = layer_pairs("uniform", len(student.model.layers), len(teacher.model.layers))
     project = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
     run.optimize(student, project)
     for input_ids, labels in run.batches(data):  # (B, S) each
@@ -80,8 +70,9 @@ def train_layer(args, number: int) -> None:
             student.model.forward(input_ids, record=mine)  # the body alone: no logits
             with torch.no_grad():
                 teacher.model.forward(input_ids, record=theirs)
-            state, goal = mine.hidden[number], theirs.hidden[target]  # 0 is the embedding
-            loss = layer_loss(state, goal, project, labels != -100)
+            ours, other = pairs[number - 1]  # counted from 1: index 0 is the embedding
+            state, goal = mine.hidden[ours], theirs.hidden[other]
+            loss = hidden_state_loss(state, goal, labels != -100, project)
         run.step(loss, hidden=loss)
     run.finish()
 
