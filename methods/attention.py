@@ -1,9 +1,9 @@
-"""Attention: teach the student to look where the teacher looks, or to see the same kinships.
+"""Attention: teach the student where the teacher looks, or which positions it finds alike.
 
     loss = KL(teacher || student) + weight * sum over matched R of KL( R_teacher || R_student )
 
     maps      R = softmax( Q K^T / sqrt(d) )     a row per head and query: which keys it reads
-    values    R = softmax( V V^T / sqrt(d) )     which positions hold alike values
+    values    R = softmax( V V^T / sqrt(d) )     whose values are alike, a relation of positions
     minilm    both (MiniLM, 2002.10957)
     qkv       Q Q^T, K K^T and V V^T instead (MiniLMv2, 2012.15828; queries and keys are rotated)
 
@@ -21,7 +21,7 @@ Charged: the teacher's forward pass; relations, S * S * d per head; maps, by an 
     python -m methods.attention --match qkv --layers uniform --relation_heads 2 --out out/qkv
 
 Judged on few: success is a held-out loss 0.02 below that of --weight 0, the KL alone.
-Try: --weight 0 (do kinships become alike by themselves?); --layers 1:1,2:4 (early layers too).
+Try: --weight 0 (do relations become alike by themselves?); --layers 1:1,2:4 (early layers too).
 Shapes: B batch, S sequence, N valid tokens, H heads, K key-value heads, d head width.
 """
 

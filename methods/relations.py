@@ -5,8 +5,8 @@
     distance      Huber( |s_i - s_j| / mean,  |t_i - t_j| / mean )        over pairs (1904.05068)
     angle         Huber( cos of the angle at j in s,  the same in t )     over triplets
     rkd           distance + 2 * angle, the paper's ratio
-    similarity    | rows of S S^T of unit length - those of T T^T |^2     (1907.09682)
-    graph         ( cos of two nodes - the teacher's )^2, nodes = all layers x positions
+    similarity    ( S S^T, rows of unit length, - the same of T )^2       over n * n (1907.09682)
+    graph         ( cos of two nodes - the teacher's )^2                  nodes: layers x positions
 
 Whatever the widths, no projection is needed. A sample is the state of a position after a layer,
 divided by its root mean square; n positions are spread evenly over the micro-batch, as relations of

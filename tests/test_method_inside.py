@@ -100,6 +100,15 @@ def test_the_weight_of_a_relation_is_its_own_where_none_is_given(
     assert loss == pytest.approx(kl + 25 * angle, rel=1e-4) and angle > 0.001
 
 
+def test_conversations(prepared_folder, teacher, tmp_path):
+    """Rows with padding and prompts, cut into micro-batches of unequal widths."""
+    flags = ["--data", prepared_folder / "reason_train.jsonl", "--teacher", teacher, *SIX]
+    flags += ["--tokenizer", prepared_folder, "--seq_len", 256, "--steps", 1]
+    run(relations, *flags, "--accumulation_steps", 2, "--out", tmp_path / "run")
+    loss, kl, rkd = map(float, logged(tmp_path / "run", "train_loss", "kl", "rkd")[0])
+    assert loss == pytest.approx(kl + 8 * rkd, rel=1e-4) and rkd > 0.001
+
+
 def test_maps_of_unequal_heads_averaged(prepared_folder, teacher, tmp_path):
     """Micro's 3 heads learn from nano's 2."""
     flags = ["--data", prepared_folder, "--teacher", teacher, *SIX, "--steps", 1]
