@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--layers", default="last", help="uniform, last, or student:teacher pairs from 1: 1:2,2:4")
     add("--relation_heads", type=int, default=1, help="pieces that relations are computed from")
     add("--average_heads", action="store_true", help="compare the mean of all maps of a layer")
-    add("--weight", type=float, default=1.0, help="of the attention loss")
+    add("--weight", type=float, default=0.1, help="of the attention loss")
     add_data_flags(parser)
     add_common_flags(parser, out="out/attention", pair=True, fused=False)
     return parser.parse_args(argv)

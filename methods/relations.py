@@ -39,12 +39,12 @@ from model import Record
 from run import Run, add_common_flags, command_line, new_parser
 
 RANGES = {"weight": (0.0, 1e4), "samples": (3, 512)}
-RELATIONS = {  # each with the weight at which its gradient is about as large as the KL's
-    "distance": (distance_loss, 20.0),
-    "angle": (angle_loss, 25.0),
-    "rkd": (lambda s, t: distance_loss(s, t) + 2 * angle_loss(s, t), 8.0),
-    "similarity": (similarity_loss, 40.0),
-    "graph": (graph_loss, 5.0),
+RELATIONS = {  # and a weight: with eight times as much, gradients are about as large as the KL's
+    "distance": (distance_loss, 2.5),
+    "angle": (angle_loss, 3.0),
+    "rkd": (lambda s, t: distance_loss(s, t) + 2 * angle_loss(s, t), 1.0),
+    "similarity": (similarity_loss, 5.0),
+    "graph": (graph_loss, 0.6),
 }
 
 
