@@ -16,8 +16,8 @@ alone the teacher has read and is asked about. Many tasks in one student: 1904.0
 
     python -m methods.multi_task && python -m eval.reasoning --model out/multi_task
 
-Judged on few, words: success is at most 0.05 nats and 5 points lost against one task alone.
-Try: --problem_weight 3, --problem_share 0.25.
+Judged on few: success is at most 0.05 nats, and 5 points of answers, lost against one task alone.
+Try: --problem_weight 3, --problem_share 0.25 (but --seq_len 128 would cut most problems short).
 Shapes: B batch (B_text rows of text), S sequence, N valid tokens, V vocabulary.
 """
 
