@@ -22,14 +22,15 @@ Try: --generations 4 (when does it stop helping?); --alpha 0 (labels in generati
 Shapes: B batch, S sequence, V vocabulary, G generations.
 """
 
+from pathlib import Path
+
 import torch
 
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
 from model import load_model
-from run import Run, add_common_flags, command_line, new_parser, run_phase
-from run.together import add_together
+from run import Run, add_common_flags, command_line, loss_together, new_parser, run_phase
 
 RANGES = {"generations": (1, 100)}
 
@@ -56,8 +57,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def train(args) -> dict:
-    """One generation, taught by args.teacher, if any."""
+def train(args, earlier: tuple[Path, ...] = ()) -> dict:
+    """One generation, taught by args.teacher, if any; measured together with earlier ones."""
     run, data = Run(args), open_data(args, args.student, args.teacher)
     teacher = run.teacher(args.teacher, data) if args.teacher else None
     student = run.student(args.student, data)
@@ -70,7 +71,11 @@ def train(args) -> dict:
         knobs = (args.temperature, args.alpha)
         loss, parts = compute_loss(student_logits, teacher_logits, labels, *knobs)
         run.step(loss, **parts)
-    return run.finish()
+    if not earlier:
+        return run.finish()
+    models = [student, *(load_model(folder, run.device) for folder in earlier)]
+    held_out = data.held_out.evaluation(args.batch_size, args.final_eval)
+    return run.finish(together_loss=lambda: loss_together(models, held_out))
 
 
 def main(args) -> dict:
@@ -80,11 +85,7 @@ def main(args) -> dict:
         seed = args.seed + 1000 * (args.generations - number)  # the last one's is --seed
         folders.append(run_phase(args, f"generation{number}", train, seed=seed))
         args.teacher = str(folders[-1])
-    record = train(args)
-    models = [load_model(folder) for folder in (*folders, args.out)]
-    held_out = open_data(args, args.student, args.teacher).held_out
-    batches = held_out.evaluation(args.batch_size, args.final_eval)
-    return add_together(record, args.out, models, batches)
+    return train(args, tuple(folders))
 
 
 if __name__ == "__main__":

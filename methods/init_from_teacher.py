@@ -94,8 +94,7 @@ def main(args) -> dict:
     data = open_data(args, args.student, args.teacher)
     teacher = run.teacher(args.teacher, data)
     batches = [data.batch(n, args.batch_size, args.seed)[0] for n in range(RANKED)]
-    student = run.to_device(cut_out(args, teacher, [x.to(run.device) for x in batches]))
-    run.training.students.append(student)  # as run.student does, which knows presets and folders
+    student = run.student(cut_out(args, teacher, [x.to(run.device) for x in batches]), data)
     run.optimize(student)
     for input_ids, labels in run.batches(data):  # (B, S) each
         with run.precision():

@@ -30,6 +30,7 @@ from distill import cross_entropy, weighted_mean
 from files import check_ranges, read_json, write_json
 from model import load_model, save_model
 from run import Run, add_common_flags, command_line, evaluate, new_parser, run_phase
+from run.phases import share_of
 
 RANGES = {"parts": (2, 64), "ancestors": (1, 64), "base_share": (0.01, 0.99), "tau": (1e-6, 1e6)}
 RANGES |= {"examples": (1, 10**6)}
@@ -81,12 +82,6 @@ def parse_args(argv=None):
     add("--data_share", type=float, default=1.0, help="share of the text")
     add_common_flags(parser, out="out/merge", fused=False)
     return parser.parse_args(argv)
-
-
-def share_of(args, share: float) -> dict:
-    """That share of the run's budget, in whichever unit it is."""
-    budget = {name: share * x for name in ("flops", "seconds") if (x := getattr(args, name))}
-    return {"steps": max(1, round(share * args.steps)), **budget}
 
 
 def main(args) -> dict:

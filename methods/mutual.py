@@ -25,8 +25,7 @@ Shapes: B batch, S sequence, V vocabulary.
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from model import PRESETS
-from run import Run, add_common_flags, command_line, new_parser
-from run.together import add_together
+from run import Run, add_common_flags, command_line, loss_together, new_parser
 
 
 def compute_loss(first_logits, second_logits, labels, T: float, alpha: float):
@@ -68,8 +67,8 @@ def main(args) -> dict:
             logits = first(input_ids), second(input_ids)  # (B, S, V) each
         loss, parts = compute_loss(*logits, labels, args.temperature, args.alpha)
         run.step(loss, **parts)
-    batches = data.held_out.evaluation(args.batch_size, args.final_eval)
-    return add_together(run.finish(), args.out, [first, second], batches)
+    held_out = data.held_out.evaluation(args.batch_size, args.final_eval)
+    return run.finish(together_loss=lambda: loss_together([first, second], held_out))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from files import command_line, new_parser
 
-from .evaluation import evaluate
+from .evaluation import evaluate, loss_together
 from .flags import add_common_flags
 from .phases import run_phase
 from .run import Run

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import cross_entropy, kl_divergence
 from distill.fused import chunk_size
@@ -63,3 +63,18 @@ def evaluate(
     of_teacher = {"kl": kl, "agreement": agreeing, "teacher_loss": teacher_loss}
     of_teacher = {name: value / tokens for name, value in of_teacher.items()}
     return metrics if teacher is None else metrics | of_teacher
+
+
+@torch.no_grad()
+def loss_together(models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """What several models say together: -log of the mean of their probabilities, nats per label
+    that is not -100, over batches of input_ids and labels (B, S). At most the mean of their own
+    losses, and lower the more they differ (Jensen): what a group gains without any teaching."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        input_ids, labels = (x.to(models[0].lm_head.weight.device) for x in batch)
+        losses = torch.stack([cross_entropy(model(input_ids), labels) for model in models])
+        together = math.log(len(models)) - (-losses).logsumexp(0)  # (K, B, S) -> (B, S)
+        valid = labels != -100
+        total, tokens = total + float(together[valid].double().sum()), tokens + int(valid.sum())
+    return total / tokens

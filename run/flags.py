@@ -67,11 +67,11 @@ def add_common_flags(
     parser.set_defaults(**defaults)
 
 
-def choose_optimizer(args, student: str, width: int) -> None:
+def choose_optimizer(args, student: str | None, width: int) -> None:
     """Settle --optimizer and --learning_rate where nobody typed them. A folder's weights are to
     keep what they know: AdamW at FINE_TUNING, or where a run here made them at a rate that goes
     with 1 / width (Yang et al. 2022, 2203.03466), but not above the one that they were made at."""
-    is_new, rate = student in PRESETS, args.learning_rate
+    is_new, rate = student is None or student in PRESETS, args.learning_rate
     if not is_new and isinstance(rate, DefaultRate):
         rate, record = FINE_TUNING, Path(student.removesuffix("/best"), "run.json")
         with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none of ours

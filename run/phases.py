@@ -34,6 +34,12 @@ def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
     return out
 
 
+def share_of(args: Namespace, share: float) -> dict:
+    """That share of the run's budget, in whichever unit it is."""
+    budget = {name: share * x for name in ("flops", "seconds") if (x := getattr(args, name))}
+    return {"steps": max(1, round(share * args.steps)), **budget}
+
+
 def add_phases(args: Namespace, costs: dict[str, float]) -> dict:
     """`costs` and those of all phases before: the sums, and each phase's own."""
     own, names = {}, getattr(args, "phases", [])

@@ -63,15 +63,16 @@ class Run:
         self.teachers.append(self.to_device(model))
         return self.teachers[-1]
 
-    def student(self, name: str, data) -> nn.Module:
-        """A new model of the preset `name`, or the checkpoint in the folder `name`. The first
-        student of a run is the one that is saved in --out and evaluated on the way. Raises
-        ValueError where the checkpoint's tokenizer is not the data's."""
-        model = make_or_load(name, data.vocab_size, data)
-        if name not in PRESETS:
+    def student(self, name: str | nn.Module, data) -> nn.Module:
+        """A new model of the preset `name`, the checkpoint in the folder `name`, or a model that a
+        method has made. The first student of a run is the one that is saved in --out and evaluated
+        on the way. Raises ValueError where the checkpoint's tokenizer is not the data's."""
+        is_made = isinstance(name, nn.Module)
+        model = name if is_made else make_or_load(name, data.vocab_size, data)
+        if not is_made and name not in PRESETS:
             self.training.folder.made_from |= hashes(*checkpoint_files(name))
         if not self.training.students:
-            choose_optimizer(self.args, name, model.config.hidden_size)
+            choose_optimizer(self.args, None if is_made else name, model.config.hidden_size)
         self.training.students.append(self.to_device(model))
         return self.training.students[-1]
 
@@ -144,13 +145,15 @@ class Run:
             self.training.update(self.batch)
         return self.is_last
 
-    def finish(self) -> dict:
-        """Evaluate beside the teacher, write the last weights and run.json; returns the record."""
+    def finish(self, **more: Callable[[], float]) -> dict:
+        """Evaluate beside the teacher, write the last weights and run.json; returns the record.
+        more: a method's own metrics, called when the clock has stopped."""
         training, meter = self.training, self.training.meter
         teacher = self.teachers[0] if self.teachers else None
         seconds = round(meter.seconds(), 2)  # of training, not of the last evaluation
         costs = {"tokens": meter.tokens, "flops": meter.flops, "seconds": seconds}
         metrics = training.evaluate(self.args.final_eval, teacher)
+        metrics |= {name: measure() for name, measure in more.items()}
         record = {
             "argv": sys.argv, "args": training.folder.flags, "seed": self.args.seed, **git_state(),
             "config": training.students[0].config.to_json(), "sources": self.sources,
@@ -160,7 +163,8 @@ class Run:
             "processes": parallel.world_size(), "parameters": training.students[0].num_parameters(),
             "steps": training.step, **add_phases(self.args, costs),
             "peak_memory_mb": machine.peak_memory_mb(self.device),
-            "best_val_loss": training.best_loss, "best_step": training.best_step,
+            "best_val_loss": training.best_loss if training.best_step else None,
+            "best_step": training.best_step,
             "metrics": metrics,
         }  # fmt: skip
         training.finish(record)

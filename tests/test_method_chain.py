@@ -12,7 +12,7 @@ import train_pretrain
 from files import read_json
 from methods import born_again, ema_teacher, teacher_assistant
 from model import make_or_load, save_model, weights_hash
-from run.together import loss_together
+from run import loss_together
 from tests.explain import check
 from tests.short_runs import SIX, check_resume, run, same_bits
 

@@ -17,7 +17,7 @@ from methods import ema_teacher, mutual, self_distillation
 from methods.ema_teacher import follow
 from model import ModelConfig, Record, Transformer, generate, load_model
 from model.exits import exit_logits, first_sure, generate_early
-from run.together import loss_together
+from run import loss_together
 from tests.explain import check
 from tests.short_runs import SIX, check_resume, run, same_bits, weights
 
