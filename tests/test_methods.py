@@ -3,20 +3,25 @@ table that is made of them and of measured rows."""
 
 import ast
 import csv
+import dataclasses
 import importlib
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataset import oracle
 from eval import plots
 from eval.experiments import methods as experiment
-from eval.experiments.common import COLUMNS
+from eval.experiments.common import COLUMNS, read_rows
 from eval.experiments.scales import SCALES
 from eval.gains import curve, gains, is_told_apart, sorted_arms
 from eval.methods_table import about, arms_table, methods_table, shown, write_table
 from eval.pictures.methods import PICTURES
+from tests.short_runs import run
+from tests.test_eval import TINY
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "methods").glob("[a-z]*.py"))
@@ -134,3 +139,40 @@ def test_on_problems_the_score_is_the_answers(rows):
     np.testing.assert_allclose(tokens, [30.0, 30.0], err_msg="points, higher is better")
     np.testing.assert_allclose(cost, [20 - 20 * math.log2(1.5)] * 2)
     assert "3 steps %" in arms_table(rows)
+
+
+@pytest.mark.parametrize("bed", ["few", "oracle"])
+def test_the_comparison_at_toy_size(bed, prepared_folder, tmp_path, monkeypatch):
+    """Two arms and one more budget; the search; the tables and the picture."""
+    monkeypatch.chdir(tmp_path)
+    scale = dataclasses.replace(TINY, name="tiny", seeds=2, text_steps=8, text_final_eval=12)
+    monkeypatch.setitem(SCALES, "quick", scale)
+    folder = Path(experiment.scale_of("quick", bed).data)
+    if bed == "few":
+        shutil.copytree(prepared_folder, folder)
+    else:
+        run(oracle, "--out", folder, "--tokens", 4000)
+    arms = {name: experiment.ARMS[name] for name in ("plain", "hidden states")}
+    knobs = {"hidden states": ("weight", (0.3, 3.0))}
+    whole = experiment.Bed(1.0, 0.5)
+    for name, value in (
+        ("ARMS", arms),
+        ("KNOBS", knobs),
+        ("BUDGETS", (1, 2)),
+        ("BEDS", {bed: whole}),
+    ):
+        monkeypatch.setattr(experiment, name, value)
+    args = ["--bed", bed, "--preset", "quick", "--results", str(tmp_path / "results")]
+    experiment.main(experiment.parse_args([*args, "--search"]))
+    experiment.main(experiment.parse_args(args))
+    found = read_rows(tmp_path / "results" / bed / "results.csv")
+    assert {(row["arm"], row["seed"]) for row in found} == {
+        (arm, seed) for arm in ("plain", "hidden states", "plain x2") for seed in "01"
+    }
+    steps = {row["arm"]: row["steps"] for row in found}
+    assert steps == {"plain": "4", "hidden states": "4", "plain x2": "8"}
+    assert all(float(row.get("kl_to_truth", 0)) > 0 for row in found) == (bed == "oracle")
+    searched = read_rows(tmp_path / "results" / bed / "search" / "results.csv")
+    assert [row["arm"] for row in searched] == [f"hidden states, weight {x}" for x in (0.3, 3.0)]
+    text = (tmp_path / "results" / "README.md").read_text("utf-8")
+    assert "hidden states" in text and (tmp_path / "results" / bed / "plot.png").is_file()

@@ -208,8 +208,8 @@ def search(scale: Scale, bed: str) -> Experiment:
 
 def scale_of(preset: str, bed: str) -> Scale:
     """The oracle's bed has a folder of its own, for data and teachers."""
-    scale = SCALES[preset]
-    return replace(scale, name=f"{scale.name}-oracle", vocab_size=0) if bed == "oracle" else scale
+    scale = replace(SCALES[preset], hard_steps=0)
+    return replace(scale, name=f"{scale.name}-oracle") if bed == "oracle" else scale
 
 
 def parse_args(argv=None):
