@@ -214,6 +214,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> list[dict]:
     check_ranges(args)
     check_path(args.out, is_folder=False)
+    if args.out.is_file():
+        read_results(args.out)  # raises where it is not ours
     machine.keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.available_cores())
@@ -272,7 +274,7 @@ def read_results(path: Path) -> dict[tuple, dict]:
     with contextlib.suppress(OSError, UnicodeDecodeError, KeyError):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if rows:
+        if rows and set(COLUMNS) == rows[0].keys():
             return {(row["group"], row["size"], row["variant"]): row for row in rows}
     raise ValueError(
         f"{path} is not a CSV of this benchmark: make one with: python -m bench.benchmark"

@@ -20,6 +20,7 @@ from .benchmark import K, read_results
 TOKENS_PER_PARAMETER = 20  # of a student's training: Hoffmann et al. 2022, 2203.15556
 BYTES_PER_TOKEN = 4 * K + 2  # of a top-k cache: uint16 id and float16 log-probability; and the rest
 # Device: peak bfloat16 operations per second (dense), and the share of it that training reaches.
+TITLE = "# What it costs"
 DEVICES = {
     "laptop GPU": (60e12, 0.35),  # of RTX 4060 mobile's class
     "one H100": (989e12, 0.40),
@@ -87,7 +88,7 @@ def text_of(results: dict) -> str:
         f"{name}: {share:.0%} of {peak / 1e12:,.0f} TFLOP/s"
         for name, (peak, share) in DEVICES.items()
     )
-    return f"""# What it costs
+    return f"""{TITLE}
 
 Made by `python -m bench.costs` from [results.csv](results.csv), which `python -m bench.benchmark`
 made on {row["device"]}, torch {row["torch"]}.
@@ -134,6 +135,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     path = args.results.with_name("README.md")
     text = text_of(read_results(args.results))
+    if path.exists() and not path.read_text("utf-8").startswith(TITLE):
+        raise ValueError(f"{path} is not a page of this command: move the CSV to its own folder")
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
     print(f"wrote {path}")

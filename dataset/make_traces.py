@@ -64,25 +64,24 @@ def main(args) -> dict:
         finished.unlink(missing_ok=True)
     counts = dict.fromkeys(("problems", "written", "kept", "cut"), 0)
     out = files.GrowingFile(args.out, options, args.overwrite, **counts)
-    tries, done = (args.samples * count for count in (len(problems), out.record["problems"]))
-    with out.file, progress_bar(tries, args.out.name, done, unit="trace") as bar:
-        while (first := out.record["problems"]) < len(problems):
-            chunk = problems[first : first + CHUNK]
-            found, cut = traces(teacher, tokenizer, chunk, args, args.seed * 10**6 + first, bar)
+    first, kept, cut = (out.record[name] for name in ("problems", "kept", "cut"))
+    written, done = args.samples * len(problems), args.samples * first
+    with out.file, progress_bar(written, args.out.name, done, unit="trace") as bar:
+        for start in range(first, len(problems), CHUNK):
+            chunk = problems[start : start + CHUNK]
+            found, more = traces(teacher, tokenizer, chunk, args, args.seed * 10**6 + start, bar)
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)
             out.file.writelines(line.encode("utf-8") for line in lines)
-            last, kept = first + len(chunk), out.record["kept"] + len(found)
-            cut += out.record["cut"]
+            last, kept, cut = start + len(chunk), kept + len(found), cut + more
             out.commit(problems=last, written=last * args.samples, kept=kept, cut=cut)
-    counts = {name: out.record[name] for name in counts}
-    _, written, kept, cut = counts.values()
     cuts = f"; {cut:,} were cut at {args.max_new_tokens} tokens" if cut else ""
-    print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / max(1, written):.1%}){cuts}")
+    print(f"{args.out}: kept {kept:,} of {written:,} traces ({kept / written:.1%}){cuts}")
     if not kept:
         args.out.unlink()  # or what the advice says would find it in its way
         out.record_path.unlink()
         cure = "raise --max_new_tokens" if 2 * cut > written else "use --keep all"
         raise ValueError(f"no trace of {args.teacher} passed{cuts}: train it longer, or {cure}")
+    counts = {name: out.record[name] for name in counts}
     files.write_json(finished, {"args": options, **counts})
     files.unlock(args.out)
     return counts

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from model import PRESETS
+
 from .chat import ChatData
 from .packing import PackedText
 
@@ -22,7 +24,7 @@ def open_data(args, *models: str | None) -> PackedText | ChatData:
         return PackedText(args.data, "train", args.seq_len, args.data_share)
     if args.data_share != 1.0:
         raise ValueError("--data_share is of a prepared folder: leave it out for a jsonl")
-    folders = [name for name in models if name and Path(name).is_dir()]
+    folders = [name for name in models if name and name not in PRESETS and Path(name).is_dir()]
     data = ChatData(
         args.data, (folders or [args.tokenizer])[0], "train", args.seq_len,
         answers_only=getattr(args, "answers_only", False), skip_bad=args.skip_bad,

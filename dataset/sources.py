@@ -14,8 +14,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from files import atomic_path, file_hash, printable
-from files.atomic import check_file, parse_json
+from files import atomic_path, check_file, file_hash, printable
+from files.atomic import parse_json
 
 from .tokenizer import SPECIAL_TOKENS
 

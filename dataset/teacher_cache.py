@@ -26,8 +26,8 @@ from torch import Tensor
 
 import files
 from distill.sparse import sample, top_k
-from files import check_ranges, command_line, known_hash, new_parser
-from files.atomic import move
+from files import check_file, check_ranges, command_line, known_hash, new_parser
+from files.atomic import move, parse_json
 from files.progress import progress_bar
 from model import load_for, weights_hash
 from model.device import autocast, choose_device, choose_precision, keep_freed_memory
@@ -60,22 +60,20 @@ def record_dtype(header: dict) -> np.dtype:
 def read_header(path) -> dict:
     """The header of a cache file. Raises ValueError where the file is missing or is no cache."""
     path, make = Path(path), f"make it with: python -m dataset.teacher_cache --out {path}"
-    if not path.is_file():
-        raise ValueError(f"no teacher cache in '{path}': {make}")
-    with open(path, "rb") as file:
+    with open(check_file(path, make, f"no teacher cache in '{path}'"), "rb") as file:
         raw = file.read(HEADER_BYTES)
         file.seek(max(0, path.stat().st_size - HASH_BYTES))
         written = file.read(HASH_BYTES).hex()
     try:
-        header = json.loads(raw.decode("ascii"))
-        if header["method"] not in METHODS:
-            raise ValueError(f"method {header['method']!r}")
+        header = parse_json(raw, "its header")
+        least = {"windows": 0, "k": int(header.get("method") != "hidden")}  # of others 1
+        if header.get("method") not in METHODS:
+            raise ValueError(f"method {header.get('method')!r}")
         for name in SIZES:
-            least = {"windows": 0, "k": int(header["method"] != "hidden")}.get(name, 1)
-            if type(header[name]) is not int or not least <= header[name] <= 10**12:
-                raise ValueError(f"{name} {header[name]!r}")
+            if type(n := header.get(name)) is not int or not least.get(name, 1) <= n <= 10**12:
+                raise ValueError(f"{name} {n!r}")
         size = HEADER_BYTES + header["windows"] * record_dtype(header).itemsize + HASH_BYTES
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a teacher cache ({error}): pass another path") from None
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path} has {found:,} bytes, its header says {size:,}: delete it, {make}")

@@ -99,7 +99,7 @@ def main(args) -> None:
         if not said.strip():
             return
         for folder, model, tokenizer, turns in speakers:
-            if said == "/new":
+            if said.strip() == "/new":
                 turns.clear()
                 continue
             if len(speakers) > 1:

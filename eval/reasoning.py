@@ -97,16 +97,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     check_ranges(args)
     keep_freed_memory()
-    answers = args.out or Path(args.model) / "answers.jsonl"
-    folder = Path(args.model)
-    if args.out is None and folder.is_dir() and not (folder / "manifest.json").is_file():
+    folder, inside = Path(args.model), args.out is None
+    if inside and folder.is_dir() and not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not a model that was trained here: name a file with --out")
-    if args.out is not None:
-        check_apart(args, is_folder=False)
-        if args.out.exists() and not args.overwrite:
-            raise ValueError(f"{args.out} exists: pass --overwrite to replace it, or another --out")
+    args.out = args.out or folder / "answers.jsonl"
+    check_apart(args, presets=(args.model,) if inside else (), is_folder=False)
+    if args.out.exists() and not (inside or args.overwrite):
+        raise ValueError(f"{args.out} exists: pass --overwrite to replace it, or another --out")
     device, most = choose_device(args.device), args.max_new_tokens
-    table = evaluate_reasoning(args.model, args.problems, answers, device, most)
+    table = evaluate_reasoning(args.model, args.problems, args.out, device, most)
     print(
         f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"
     )
@@ -116,7 +115,7 @@ def main(args) -> None:
             f"{steps or 'all':>5} {row['problems']:8d} {row['accuracy']:8.1%} "
             f"{row['well_formed']:8.1%} {verified:>8} {row['think_tokens']:8.1f}"
         )
-    print(f"every answer: {answers}")
+    print(f"every answer: {args.out}")
 
 
 if __name__ == "__main__":

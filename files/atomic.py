@@ -1,12 +1,10 @@
-"""Files that are either whole or absent: atomic writes, JSON, hashes.
+"""Files that are either whole or absent: atomic writes, JSON.
 
 A file is written under a temporary name in its own folder, flushed to disk and renamed: a reader,
 or a run that resumes after a crash, sees the old content or the new, never half of it.
 """
 
-import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -74,12 +72,12 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def check_file(path, cure: str = "make it, or pass another") -> Path:
-    """`path`, which is a file. Raises ValueError where nothing is there, or a folder or a pipe,
-    from which a reader might wait for ever."""
+def check_file(path, cure: str = "make it, or pass another", missing: str = "") -> Path:
+    """`path`, which is a file. Raises ValueError (what is `missing`, and the cure) where nothing is
+    there, or a folder or a pipe, from which a reader might wait for ever."""
     if not Path(path).is_file():
         fault = "is a folder, a pipe or a device" if Path(path).exists() else "does not exist"
-        raise ValueError(f"{path} {fault}: {cure}")
+        raise ValueError(f"{missing or f'{path} {fault}'}: {cure}")
     return Path(path)
 
 
@@ -120,24 +118,6 @@ def check_keys(value: dict, where, **kinds: type) -> dict:
             wrong = f"{name!r} is missing" if name not in value else f"{name!r} is {found!r:.60}"
             raise ValueError(f"{where} is damaged ({wrong}): make it again")
     return value
-
-
-def file_hash(path, size: float = math.inf) -> str:
-    """sha256 of the first `size` bytes of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(min(1 << 24, size)):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
-
-
-def tokenizer_hash(folder) -> str:
-    """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"no tokenizer in '{folder}': copy in the one its model was trained with")
-    return file_hash(path)
 
 
 def copy_tokenizer(source, folder) -> None:

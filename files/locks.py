@@ -16,8 +16,8 @@ held: dict[str, FileLock] = {}
 
 def check_apart(args, presets=(), is_folder: bool = True) -> None:
     """Raise ValueError where --out is, holds, or lies in what another flag names (but `presets`),
-    symlinks followed; or where something else than a folder, or than a file, is there already.
-    Hashes are remembered beside --out from here on."""
+    symlinks followed, or that is what is written beside a file, OUT.*; or where something else than
+    a folder, or than a file, is there already. Hashes are remembered beside --out from here on."""
     out = Path(args.out).resolve()
     for name, value in vars(args).items():
         is_path = name != "out" and isinstance(value, (str, Path)) and str(value) not in presets
@@ -25,20 +25,23 @@ def check_apart(args, presets=(), is_folder: bool = True) -> None:
             read = Path(value).resolve()
             if out / "phases" in read.parents:  # this command made it (run/phases.py)
                 continue
-            if out == read or out in read.parents or read in out.parents:
+            beside = out.parent == read.parent and read.name.startswith(f"{out.name}.")
+            if out in (read, *read.parents) or read in out.parents or (beside and not is_folder):
                 place = f"--out {args.out} would write where --{name} {value} is read"
                 raise ValueError(f"{place}: pass an --out outside of it")
     check_path(args.out, is_folder)
     remember_hashes(out.parent)
 
 
-def check_free(folder: Path, ours: tuple[str, ...], overwrite: bool) -> None:
-    """Raise ValueError where `folder` holds files, but none of the names in `ours`, one of which is
-    in each folder of this command."""
+def check_free(folder: Path, ours: tuple[str, ...], overwrite: bool) -> bool:
+    """Whether `folder` holds one of the names in `ours`, as each folder of this command does.
+    Raises ValueError where it holds files but none of those."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names and names.isdisjoint(ours) and not overwrite:
+    is_ours = not names.isdisjoint(ours)
+    if names and not is_ours and not overwrite:
         others = f"{folder} holds files that this command did not make ({min(names)})"
         raise ValueError(f"{others}: pass another --out, or --overwrite to write among them")
+    return is_ours
 
 
 class Locked(ValueError):

@@ -4,15 +4,33 @@ A hash is computed once, and again only where a file's size or one of its times 
 of large files outlive the process, in .hashes.json beside the outputs.
 """
 
+import hashlib
+import math
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from .atomic import file_hash, read_json, write_json
+from .atomic import check_file, read_json, write_json
 
 LARGE = 1 << 26  # bytes: what is smaller is hashed in a tenth of a second
 known: dict[str, str] = {}  # path, size and times of a file: sha256
 memory: Path | None = None
+
+
+def file_hash(path, size: float = math.inf) -> str:
+    """sha256 of the first `size` bytes of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(min(1 << 24, size)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder) -> str:
+    """sha256 of the folder's tokenizer.json: two models share a tokenizer if it is equal."""
+    cure, missing = "copy in the one its model was trained with", f"no tokenizer in '{folder}'"
+    return file_hash(check_file(Path(folder) / "tokenizer.json", cure, missing))
 
 
 def remember_hashes(folder: Path) -> None:

@@ -16,14 +16,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import atomic_path, copy_tokenizer, file_hash, read_json, tokenizer_hash, write_json
-from files.origin import known_hash
+import files
+from files import check_file, known_hash, read_json, tokenizer_hash, write_json
 
 from .config import PRESETS, ModelConfig
 from .experts import MIXTRAL, ExpertsConfig, add_experts
 from .transformer import Transformer
 
 MANIFEST = "manifest.json"
+CONTROL = ("endoftext", "im_start", "im_end")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -34,17 +35,22 @@ def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | 
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    write_json(folder / "config.json", model.config.to_json())
-    generation = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False}
+    path = Path(tokenizer_folder or folder, "tokenizer.json")
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    known = {token["content"]: token["id"] for token in added}  # ours are 0, 1 and 2
+    pad, start, end = (known.get(f"<|{name}|>", number) for number, name in enumerate(CONTROL))
+    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    write_json(folder / "config.json", model.config.to_json() | ids)
+    generation = {**ids, "eos_token_id": [end, pad], "do_sample": False}
     write_json(folder / "generation_config.json", generation)
     if tokenizer_folder is not None:
-        copy_tokenizer(tokenizer_folder, folder)
+        files.copy_tokenizer(tokenizer_folder, folder)
     weights = folder / "model.safetensors"
-    with atomic_path(weights) as temporary:
+    with files.atomic_path(weights) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
         # Before the new file takes its place: whichever of the two a crash leaves is known.
-        earlier = [file_hash(weights)] if weights.is_file() else []
-        manifest = {"sha256": [file_hash(temporary), *earlier]}
+        earlier = [files.file_hash(weights)] if weights.is_file() else []
+        manifest = {"sha256": [files.file_hash(temporary), *earlier]}
         if (folder / "tokenizer.json").is_file():
             manifest["tokenizer_sha256"] = tokenizer_hash(folder)
         write_json(folder / MANIFEST, manifest)
@@ -80,12 +86,10 @@ def checkpoint_files(folder) -> list[Path]:
 
 def read_config(folder) -> ModelConfig:
     """The ModelConfig of a checkpoint folder. Raises ValueError naming what is missing."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        make = f"python train_pretrain.py --data DATA --out {folder}"
-        cure = f"make one with: {make} (DATA: what it is to know), or pass another folder"
-        raise ValueError(f"no checkpoint in '{folder}': {path} does not exist; {cure}")
-    config = read_json(path)
+    path, make = Path(folder, "config.json"), "python train_pretrain.py --data DATA --out"
+    cure = f"make one with: {make} {folder} (DATA: what it is to know), or pass another folder"
+    missing = f"no checkpoint in '{folder}': {path} does not exist"
+    config = read_json(check_file(path, cure, missing))
     kind = ExpertsConfig if config.get("architectures") in ([MIXTRAL], MIXTRAL) else ModelConfig
     try:
         return kind.from_json(config)
@@ -95,17 +99,14 @@ def read_config(folder) -> ModelConfig:
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json lists."""
-    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
-    if index.is_file() and not files[0].is_file():
+    index, paths = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.is_file() and not paths[0].is_file():
         names = list(read_json(index, weight_map=dict)["weight_map"].values())
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise ValueError(f"{index}: 'weight_map' must name files of this folder: download it")
-        files = [folder / name for name in sorted(set(names))]
-    for file in files:
-        if not file.is_file():
-            cure = "only safetensors checkpoints are read; convert or download the model"
-            raise ValueError(f"{file} does not exist: {cure}")
-    return files
+        paths = [folder / name for name in sorted(set(names))]
+    cure = "only safetensors checkpoints are read; convert or download the model"
+    return [check_file(path, cure) for path in paths]
 
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from files import Finished, atomic_path, check_free, file_hash, lock, read_json, write_json
+import files
 from files.atomic import move
-from files.origin import check_unchanged
 
 from . import parallel
 
@@ -45,14 +44,18 @@ class RunFolder:
         Finished where nothing is left to resume, ValueError where something would be lost, or where
         flags or files are not those it began with."""
         if parallel.is_main():
-            lock(self.path)
+            files.lock(self.path)
         record, states = self.path / "run.json", list(self.path.glob("resume/state-*.pt"))
         state, source = None, ""
-        check_free(self.path, ("run.json", "resume", "phases"), overwrite)
+        for name in (path.name for path in self.path.glob("resume/*")):
+            if not name.startswith("state"):
+                theirs = f"{self.path}/resume holds files that no run made ({name})"
+                raise ValueError(f"{theirs}: pass another --out")
+        is_ours = files.check_free(self.path, ("run.json", "resume", "phases"), overwrite)
         if resume and record.is_file():
-            before = read_json(record, args=dict)
+            before = files.read_json(record, args=dict)
             self.check_same(before["args"], before.get("made_from", {}))
-            raise Finished(f"{self.path}: finished already, nothing to resume")
+            raise files.Finished(f"{self.path}: finished already, nothing to resume")
         if resume and states:
             file, state, refused = newest_state(self.path / "resume")
             self.check_same(state["flags"], state.get("made_from", {}))
@@ -70,8 +73,8 @@ class RunFolder:
                 record.unlink(missing_ok=True)
                 for old in states:
                     old.unlink()
-            for place in ("", "resume/", "best/**/", "student*/"):  # of a process that was killed
-                for left in self.path.glob(f"{place}*.[0-9]*.tmp"):
+            for place in ("", "resume/", "best/**/", "student*/") if is_ours else ():
+                for left in self.path.glob(f"{place}*.[0-9]*.tmp"):  # of a process that was killed
                     left.unlink()
         return state, source
 
@@ -83,19 +86,19 @@ class RunFolder:
                 ran = f"it ran {ran}, or pass another --out"
                 raise ValueError(f"cannot resume {self.path} with --{name} {value}: {ran}")
         cure = "put that back, pass --overwrite to start again, or another --out"
-        check_unchanged(made_from, self.path, cure)
+        files.check_unchanged(made_from, self.path, cure)
 
     def save_state(self, step: int, state: dict) -> None:
         """Add a state, drop all but the newest ones. To be called by rank 0."""
         new = self.path / "resume" / "state.new"
-        with atomic_path(new) as temporary:
+        with files.atomic_path(new) as temporary:
             torch.save({**state, "flags": self.flags, "made_from": self.made_from}, temporary)
-        move(new, new.with_name(f"state-{step:09d}-{file_hash(new)[:HASH_DIGITS]}.pt"))
+        move(new, new.with_name(f"state-{step:09d}-{files.file_hash(new)[:HASH_DIGITS]}.pt"))
         for old in sorted(new.parent.glob("state-*.pt"))[:-STATES_KEPT]:
             old.unlink()
 
     def finish(self, record: dict) -> None:
-        write_json(self.path / "run.json", record)
+        files.write_json(self.path / "run.json", record)
         shutil.rmtree(self.path / "resume", ignore_errors=True)
 
 
@@ -105,9 +108,10 @@ def newest_state(folder: Path) -> tuple[Path, dict, list[str]]:
     refused = []
     for path in sorted(folder.glob("state-*.pt"), reverse=True):
         try:
-            if not file_hash(path).startswith(path.stem.split("-")[-1]):
+            if not files.file_hash(path).startswith(path.stem.split("-")[-1]):
                 raise ValueError("its bytes are not those that were written")
-            return path, torch.load(path, map_location="cpu", weights_only=True), refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return path, files.check_keys(state, path, flags=dict), refused
         except Exception as error:  # torch raises many types for a damaged file
             refused.append(f"{path.name} is damaged ({str(error).splitlines()[0]})")
     raise ValueError(f"no state can be read ({'; '.join(refused)}): start again with --overwrite")

@@ -178,16 +178,29 @@ def test_the_weights_file_holds_hugging_face_names(folder):
     assert set(generation["eos_token_id"]) == {0, 2}
 
 
+def test_what_ends_a_turn_is_named_by_the_tokenizers_own_ids(tmp_path):
+    """Or Hugging Face's generate would stop at tokens 0 and 2 of a tokenizer made elsewhere."""
+    ids = {"<|endoftext|>": 9, "<|im_start|>": 10, "<|im_end|>": 11}
+    added = [{"content": content, "id": number} for content, number in ids.items()]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    save_model(random_model(), tmp_path / "out", tmp_path / "data")
+    for name, end in (("config.json", 11), ("generation_config.json", [11, 9])):
+        content = json.loads((tmp_path / "out" / name).read_text())
+        found = [content[f"{what}_token_id"] for what in ("bos", "eos", "pad")]
+        assert found == [10, end, 9]
+
+
 def test_the_tokenizer_is_copied(tmp_path):
     source, out = tmp_path / "data", tmp_path / "out"
     source.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_text(f"content of {name}")
+        (source / name).write_text(f'{{"content": "of {name}"}}')
     save_model(random_model(), out, source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (out / name).read_text() == f"content of {name}"
+        assert (out / name).read_text() == f'{{"content": "of {name}"}}'
     save_model(random_model(), out, out)  # into the folder where it lies already
-    assert (out / "tokenizer.json").read_text() == "content of tokenizer.json"
+    assert (out / "tokenizer.json").read_text() == '{"content": "of tokenizer.json"}'
     assert not list(out.glob("*.tmp"))
 
 

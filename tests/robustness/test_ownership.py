@@ -14,12 +14,13 @@ import torch
 import train_distill_reason
 import train_distillation
 import train_pretrain
+from bench import benchmark, costs
 from dataset import make_traces, prepare, teacher_cache
 from dataset.packing import PackedText
 from eval import reasoning
 from eval.experiments.scales import Scale
 from eval.report import check_report
-from files import Locked, atomic, lock, unlock
+from files import Locked, atomic, lock, tokenizer_hash, unlock
 from files.atomic import UNFINISHED, atomic_folder
 from methods import cached_teacher
 from model import ModelConfig, Transformer, load_model, save_model
@@ -212,6 +213,58 @@ def test_what_a_killed_run_left_is_still_its_own(world, monkeypatch):
             call("pretrain", "--out", "run", "--steps", "4", "--eval_every", "4")
     call("pretrain", "--out", "run", "--steps", "4", "--eval_every", "4", "--resume")
     assert not Path("run/resume").exists()
+
+
+def test_a_folder_called_resume_is_not_a_run(world):
+    """Of whoever applies for a job: it would be gone once the run is finished."""
+    Path("theirs/resume").mkdir(parents=True)
+    Path("theirs/resume/letter.txt").write_text("mine")
+    before = snapshot(world)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        with pytest.raises(ValueError, match="theirs/resume holds files that no run made .letter"):
+            call("pretrain", "--out", "theirs", *more)
+    assert snapshot(world) == before
+
+
+def test_others_unfinished_files_stay(world):
+    Path("theirs").mkdir()
+    Path("theirs/notes.2.tmp").write_text("mine")
+    call("pretrain", "--out", "theirs", "--overwrite")
+    assert Path("theirs/notes.2.tmp").read_text() == "mine" and Path("theirs/run.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.finished.json", "t.jsonl.progress.json"])
+def test_an_input_is_not_what_is_written_beside_an_output(name, world):
+    shutil.copy("prompts.jsonl", name)
+    before = snapshot(world)
+    with pytest.raises(ValueError, match="would write where --prompts"):
+        call("traces", "--prompts", name, "--out", "t.jsonl", "--overwrite")
+    assert snapshot(world) == before
+
+
+def test_problems_that_lie_in_a_model_are_no_place_for_answers(world):
+    shutil.copy("prompts.jsonl", "teacher/answers.jsonl")
+    before = snapshot(world)
+    with pytest.raises(ValueError, match="would write where --problems"):
+        run(reasoning, "--model", "teacher", "--problems", "teacher/answers.jsonl")
+    assert snapshot(world) == before
+
+
+def test_a_page_of_costs_replaces_no_other_page(world):
+    shutil.copy(Path(benchmark.__file__).parents[1] / "results/benchmark/results.csv", "in")
+    Path("in/README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match="README.md is not a page of this command"):
+        run(costs, "--results", "in/results.csv")
+    assert Path("in/README.md").read_text() == "# My project\n"
+
+
+def test_a_folder_of_a_presets_name_is_no_students_tokenizer(world):
+    """ "nano" stays the preset where conversations are read, too."""
+    shutil.copytree("data", "nano")
+    Path("nano/tokenizer.json").write_text("of something else")
+    flags = ["--student", "nano", "--tokenizer", "data", "--alpha", "1", "--out", "new"]
+    call("reason", *flags)
+    assert tokenizer_hash("new") == tokenizer_hash("data")
 
 
 # A failure leaves what was there.
