@@ -25,7 +25,7 @@ from files import known_hash, tokenizer_hash
 from .packing import epoch_order
 from .problems import answer_of, number_of
 from .sources import LeftOut, read_jsonl
-from .tokenizer import TAGS, encode, encode_tagged, load_tokenizer, special_id
+from .tokenizer import TAGS, encode, encode_tagged, load_tokenizer, special_id, vocabulary_of
 
 IGNORE = -100
 PAD_ID = 0
@@ -135,7 +135,7 @@ class ChatData:
     ):  # fmt: skip
         self.path, self.tokenizer_folder = path, tokenizer_folder
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.vocab_size = vocabulary_of(tokenizer_folder, self.tokenizer)
         tags = all(self.tokenizer.token_to_id(tag) is not None for tag in TAGS)
         left_out: Counter[str] = Counter()
 

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_path, known_hash, read_json
-from files.atomic import check_keys
+from files import atomic_path, check_file, check_keys, known_hash, read_json
 
 
 def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id: int) -> dict:
-    """Write documents (lists of ids) as one stream; returns its dtype and length in tokens."""
+    """Write documents (lists of ids) as one stream; returns its dtype, tokens and largest id."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    tokens, largest = 0, end_id
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for ids in documents:
             np.asarray(ids + [end_id], dtype=dtype).tofile(file)
-    return {"dtype": np.dtype(dtype).name, "tokens": sum(len(ids) + 1 for ids in documents)}
+            tokens, largest = tokens + len(ids) + 1, max(largest, max(ids, default=0))
+    return {"dtype": np.dtype(dtype).name, "tokens": tokens, "largest": largest}
 
 
 @lru_cache(maxsize=2)
@@ -47,14 +48,13 @@ class PackedText:
         self.seq_len = seq_len
         about, path = self.folder / "meta.json", self.folder / f"{split}.bin"
         make = f"make it with: python -m dataset.prepare --out {folder}"
-        if not about.is_file():
-            if self.folder.is_file():
-                make = "it is a file; --data takes the folder that dataset.prepare makes of it"
-            raise ValueError(f"no prepared data in '{folder}': {make}")
+        of_file = "it is a file; --data takes the folder that dataset.prepare makes of it"
+        cure = of_file if self.folder.is_file() else make
+        check_file(about, cure, f"no prepared data in '{folder}'")
         meta = read_json(about, vocab_size=int, tokenizer_sha256=str, **{split: dict})
         make = f"{make} --overwrite, and the flags it had"
         part = check_keys(meta[split], about, dtype=str, tokens=int, bytes=int, sha256=str)
-        known = part["dtype"] in ("uint16", "uint32") and part["bytes"] < 10**18
+        known = part["dtype"] in ("uint16", "uint32") and 0 < part["bytes"] < 10**18
         if not known or not part["tokens"]:
             raise ValueError(f"{about} is damaged (no tokens, or of another type): {make}")
         dtype, tokens = np.dtype(part["dtype"]), part["tokens"]
@@ -67,7 +67,8 @@ class PackedText:
             if not file.is_file() or known_hash(file) != digest:
                 raise ValueError(f"{file} is not the one whose sha256 is in meta.json: {make}")
         self.stream = np.memmap(path, dtype=dtype, mode="r")
-        if (largest := self.stream.max()) >= self.vocab_size:
+        largest = part["largest"] if type(part.get("largest")) is int else self.stream.max()
+        if largest >= self.vocab_size:  # folders of earlier versions do not say the largest
             outside = f"{path} has the id {largest}, outside its vocabulary of {self.vocab_size}"
             raise ValueError(f"{outside}: {make}")
         self.size = int((len(self.stream) - 1) // seq_len * share)

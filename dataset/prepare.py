@@ -24,18 +24,25 @@ from collections import Counter
 from pathlib import Path
 
 import files
-from files import check_ranges, command_line, new_parser, read_json, write_json
-from files.atomic import UNFINISHED, atomic_folder, check_keys
+from files import command_line, read_json
+from files.atomic import UNFINISHED, atomic_folder
 
 from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
 from .packing import PackedText, write_stream
-from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, make_problems
+from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, check_problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
-from .tokenizer import encode_all, load_tokenizer, save_tokenizer, special_id, train_tokenizer
+from .tokenizer import (
+    encode_all,
+    load_tokenizer,
+    save_tokenizer,
+    special_id,
+    train_tokenizer,
+    vocabulary_of,
+)  # fmt: skip
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
+    parser = files.new_parser(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--text", type=Path, help="a .txt/.md file or a folder of them")
     add("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')
@@ -76,6 +83,7 @@ def user_reasoning(path: Path, skip_bad: bool, share: float) -> tuple[list[dict]
             raise ValueError(f"{where} ends with the {last['role']}'s turn: end with an answer")
         if found := ANSWER_TEXT.search(last["content"]):
             value.setdefault("answer", answer_of(found[1]))
+        check_problem(value, turns, where)
         return {**value, "conversations": turns}
 
     left_out: Counter[str] = Counter()
@@ -105,7 +113,7 @@ def reasoning_lines(args) -> dict[str, list[dict]]:
 
 
 def main(args) -> None:
-    check_ranges(args)
+    files.check_ranges(args)
     files.check_apart(args)
     # 1. Text, and which documents are held out.
     if args.text is not None:
@@ -134,11 +142,13 @@ def main(args) -> None:
     files.lock(args.out, wait=True)  # of two calls the second finds it prepared
     files.check_free(args.out, ("meta.json", UNFINISHED), args.overwrite)
     if (args.out / "meta.json").is_file() and not args.overwrite:
+        cure = "pass --overwrite to replace it, or another --out"
         PackedText(args.out, "train", 1)  # raises where it is damaged
-        before = {"made_from": {}, **read_json(args.out / "meta.json")}
-        before = check_keys(before, args.out / "meta.json", made_from=dict)["made_from"]
+        meta = {"made_from": {}, "files": {}, **read_json(args.out / "meta.json")}
+        files.check_keys(meta, args.out / "meta.json", made_from=dict, files=dict)
+        before, written = meta["made_from"], meta["files"]
+        files.check_unchanged({f"{args.out}/{k}": v for k, v in written.items()}, args.out, cure)
         if other := [name for name, value in made_from.items() if before.get(name) != value]:
-            cure = "pass --overwrite to replace it, or another --out"
             raise ValueError(f"{args.out} was prepared with another {', '.join(other)}: {cure}")
         raise files.Finished(f"{args.out}: prepared already, from the same text and flags")
     with atomic_folder(args.out, last="meta.json") as out:
@@ -155,7 +165,8 @@ def main(args) -> None:
             tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
             save_tokenizer(tokenizer, out)
         # 4. Token streams.
-        end, size = special_id(tokenizer, "<|endoftext|>"), tokenizer.get_vocab_size()
+        end = special_id(tokenizer, "<|endoftext|>")
+        size = vocabulary_of(args.tokenizer or out, tokenizer)
         about = {"vocab_size": size, "tokenizer_sha256": files.tokenizer_hash(out)}
         for split, texts in (("train", training), ("val", validation)):
             path, count = out / f"{split}.bin", sum(len(text.encode("utf-8")) for text in texts)
@@ -164,7 +175,8 @@ def main(args) -> None:
             about[split]["sha256"] = files.file_hash(path)
         if size < args.vocab_size and args.tokenizer is None:
             print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
-        write_json(out / "meta.json", {**about, "made_from": made_from})
+        written = {path.name: files.file_hash(path) for path in sorted(out.iterdir())}
+        files.write_json(out / "meta.json", {**about, "files": written, "made_from": made_from})
     if args.tokenizer is not None and not (args.tokenizer / "tokenizer_config.json").is_file():
         (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of the one before
     files.unlock(args.out)

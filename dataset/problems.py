@@ -159,6 +159,17 @@ def answer_of(text: str) -> int | str:
     return text if number is None or number.denominator > 1 else int(number)
 
 
+def check_problem(value: dict, turns: list[dict], where: str) -> None:
+    """Raise ValueError where no reply to `turns` can be checked by `value`, a line of a jsonl."""
+    answer, steps = value.get("answer"), value.get("steps", 0)
+    is_text = isinstance(answer, str) and answer.strip()
+    asks = any(turn["role"] == "user" for turn in turns)
+    if not asks or not (is_text or number_of(answer) is not None):
+        raise ValueError(f'{where} needs a user turn and an "answer", a number or a text')
+    if type(steps) is not int or steps < 0:
+        raise ValueError(f'{where}: "steps" {steps!r} must be a whole number, 0 or more')
+
+
 def is_answer(response: str, answer) -> bool:
     """Whether the response's <answer> is `answer`: as a number if that is one, else as a text."""
     if (wanted := number_of(answer)) is not None:

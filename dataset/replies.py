@@ -4,9 +4,10 @@ from contextlib import nullcontext
 
 from files.progress import progress_bar
 from model import generate
+from model.generate import check_room
 
 from .chat import check_conversation, encode_prompt
-from .problems import check_response, number_of
+from .problems import check_problem, check_response
 from .sources import read_jsonl
 from .tokenizer import special_id
 
@@ -23,16 +24,11 @@ def read_problems(path) -> list[dict]:
         turns = check_conversation(value, where, need_answer=False)
         asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
         gold, turns = turns[asked + 1 :], turns[: asked + 1]
-        answer, steps = value.get("answer"), value.get("steps", 0)
-        is_text = isinstance(answer, str) and answer.strip()
-        if not turns or not (is_text or number_of(answer) is not None):
-            raise ValueError(f'{where} needs a user turn and an "answer", a number or a text')
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f'{where}: "steps" {steps!r} must be a whole number, 0 or more')
-        checkable = "steps" in value
+        check_problem(value, turns, where)
+        checkable, steps = "steps" in value, value.get("steps", 0)
         if gold:
             checkable = check_response(turns[-1]["content"], gold[0]["content"]).verified
-        return {"turns": turns, "answer": answer, "steps": steps, "checkable": checkable}
+        return {"turns": turns, "answer": value["answer"], "steps": steps, "checkable": checkable}
 
     return read_jsonl(path, parse)
 
@@ -44,6 +40,7 @@ def write_replies(
     bar: the progress of a caller who has more problems than these."""
     prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    check_room(model, max(map(len, prompts), default=0), max_new_tokens)  # now, not after hours
     replies: dict[int, list[int]] = {}
     sampling["stop_ids"] = [special_id(tokenizer, t) for t in ("<|im_end|>", "<|endoftext|>")]
     alone = bar is None

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import atomic_path, read_json, write_json
-from files.atomic import check_file
+from files import atomic_path, check_file, read_json, write_json
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # ids 3 to 6
 # 0: padding and end of a document; 1: begin, 2: end of a turn
@@ -77,16 +76,27 @@ def load_tokenizer(folder) -> Tokenizer:
     with as_value_error(f"no tokenizer in '{folder}': tokenizer.json", make):
         tokenizer = Tokenizer.from_file(str(check_file(folder / "tokenizer.json")))
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # what others' files may ask for would cut texts, or fill them up
+    tokenizer.no_padding()
     size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
     if largest >= size:  # a model of `size` tokens would have no row for it
         few = f"the tokenizer of '{folder}' has {size} tokens, but the id {largest}"
         raise ValueError(f"{few}: use one that leaves no id out")
-    if (folder / "config.json").is_file():
-        most = read_json(folder / "config.json", vocab_size=int)["vocab_size"]
-        if size > most:
-            other = f"the tokenizer of '{folder}' has {size} tokens, its model {most}"
-            raise ValueError(f"{other}: copy in the one that the model was trained with")
+    vocabulary_of(folder, tokenizer)  # raises for a model that has too few
     return tokenizer
+
+
+def vocabulary_of(folder, tokenizer: Tokenizer) -> int:
+    """How many tokens a model of the folder has a row for, as config.json or meta.json says: some
+    have more than there are (Qwen's 151,936 for 151,669). Raises ValueError for less."""
+    size = tokenizer.get_vocab_size()
+    for path in (Path(folder, "config.json"), Path(folder, "meta.json")):
+        rows = read_json(path, vocab_size=int)["vocab_size"] if path.is_file() else size
+        if size > rows:
+            other = f"the tokenizer of '{folder}' has {size} tokens, its model {rows}"
+            raise ValueError(f"{other}: copy in the one that the model was trained with")
+        size = rows
+    return size
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -38,7 +38,7 @@ def counting(tmp_path, tokens: int):
 def test_stream_is_the_documents_each_ended(tmp_path):
     documents = [[5, 6, 7], [], [8], [9, 9]]
     about = write_stream(tmp_path / "a.bin", documents, 300, END)
-    assert about == {"dtype": "uint16", "tokens": 10}
+    assert about == {"dtype": "uint16", "tokens": 10, "largest": 9}
     stored = np.fromfile(tmp_path / "a.bin", np.uint16)
     assert stored.tolist() == [5, 6, 7, 0, 0, 8, 0, 9, 9, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]  # no temporary file stays

@@ -286,6 +286,17 @@ def test_without_a_change_it_goes_on(entry, world):
             go_on(entry)
 
 
+@pytest.mark.parametrize("change", [other_line, Path.unlink])
+def test_a_prepared_folder_is_compared_whole(change, world):
+    change(Path("prepared/reason_test.jsonl"))
+    with pytest.raises(ValueError, match="prepared/reason_test.jsonl has changed.*--overwrite"):
+        go_on("prepare")
+    go_on_with = [*COMMANDS["prepare"], "--overwrite"]
+    run(*go_on_with)
+    with pytest.raises(Finished):
+        go_on("prepare")
+
+
 def test_a_finished_run_is_not_taken_for_one_of_other_data(world):
     text_of_another_day()
     with pytest.raises(ValueError, match="data/train.bin has changed"):
