@@ -27,7 +27,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         raise ValueError(f"--device {name} is one device for several processes: {cure}")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
         if several and device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

@@ -44,8 +44,11 @@ class KeyValueCache:
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
     """Pick one id per row of logits (B, V) -> (B,). temperature 0 is greedy (argmax)."""
+    likeliest = logits.argmax(-1)  # nan where there is one
+    if not logits.gather(-1, likeliest[:, None]).isfinite().all():
+        raise ValueError("a model's guess is inf or nan: train it, or download it again")
     if temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -69,6 +72,13 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def check_room(model: Transformer, length: int, max_new_tokens: int) -> None:
+    """Raise ValueError where a prompt of `length` tokens leaves too few positions."""
+    if length + max_new_tokens > (limit := model.config.max_position_embeddings):
+        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones"
+        raise ValueError(f"{asked} need more than the model's {limit} positions: ask for less")
+
+
 @torch.inference_mode()
 def decode(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int,
@@ -82,10 +92,8 @@ def decode(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     ids, attention_mask = left_pad(prompts, model.lm_head.weight.device)
-    limit, length = model.config.max_position_embeddings, ids.shape[1]
-    if length + max_new_tokens > limit:
-        asked = f"a prompt of {length} tokens and {max_new_tokens} new ones"
-        raise ValueError(f"{asked} need more than the model's {limit} positions: ask for less")
+    length = ids.shape[1]
+    check_room(model, length, max_new_tokens)
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     finished = set()
     cache = KeyValueCache(length + max_new_tokens) if use_cache else None

@@ -48,7 +48,9 @@ def evaluate(
                 values.append(kl_divergence(logits, teacher_logits, 1.0))
                 values.append((top == teacher_logits.argmax(-1)).float())
                 values.append(cross_entropy(teacher_logits, labels[rows]))
-            sums[: len(values)] += torch.stack(values).cpu().double().sum(-1)
+            if (found := torch.stack([*values, confidence]).cpu()).isnan().any():
+                raise ValueError("a model's guess is nan: train it, or download it again")
+            sums[: len(values)] += found[:-1].double().sum(-1)
             index = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
             correct = (top == labels[rows]).float()
             bins.index_add_(1, index, torch.stack((confidence, correct)).cpu().double())

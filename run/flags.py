@@ -74,9 +74,10 @@ def choose_optimizer(args, student: str | None, width: int) -> None:
     is_new, rate = student is None or student in PRESETS, args.learning_rate
     if not is_new and isinstance(rate, DefaultRate):
         rate, record = FINE_TUNING, Path(student.removesuffix("/best"), "run.json")
-        with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none of ours
-            before = float(read_json(record)["args"]["learning_rate"])
-            rate = min(float(f"{TIMES_WIDTH / width:.2g}"), before)
+        with suppress(OSError, ValueError):  # none, or none of ours
+            before = read_json(record, args=dict)["args"].get("learning_rate")
+            if type(before) is float and before > 0:
+                rate = min(float(f"{TIMES_WIDTH / width:.2g}"), before)
     if args.optimizer == "auto":
         args.optimizer = "muon" if is_new else "adamw"
     args.learning_rate = float(rate)

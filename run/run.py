@@ -170,6 +170,4 @@ class Run:
         training.finish(record)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"{self.args.out}: {shown}, {record['seconds']:.0f} s")
-        if teacher is not None:
-            training.compare(metrics)
         return record

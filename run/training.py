@@ -21,6 +21,7 @@ from .optimizer import Optimizer, learning_rate
 
 LOG_EVERY, TRIM_EVERY = 10, 100  # steps between logged ones, and between returns of freed memory
 MOST_SKIPPED = 10  # batches in a row, with --on_nonfinite skip
+CURE = "lower --learning_rate ({:g}), or try --grad_clip 0.1"
 EVALUATED = 100  # held-out windows or conversations of the evaluations during training
 
 
@@ -52,7 +53,6 @@ class Training:
             metrics = self.evaluate(EVALUATED, teacher)
             both = "{teacher_loss:.4g}, student {val_loss:.4g}".format(**metrics)
             print(f"held-out loss before the first step: teacher {both}")
-            self.compare(metrics)
         self.progress = self.log.bar(self.meter.total_steps(self.step), self.step)
         self.meter.started = time.perf_counter()  # models and data are loaded
 
@@ -99,9 +99,7 @@ class Training:
             path, student = self.folder.path / "nonfinite.json", self.students[0]
             message = report_nonfinite(path, student, self.step + 1, batch, norm)
             if self.args.on_nonfinite == "stop" or self.skipped > MOST_SKIPPED or self.step == 0:
-                cure = (
-                    f"lower --learning_rate ({self.args.learning_rate:g}), or try --grad_clip 0.1"
-                )
+                cure = CURE.format(self.args.learning_rate)
                 raise ValueError(f"{message}; the weights were not changed: {cure}")
             self.progress.write(f"{message}: batch left out")
             return
@@ -146,7 +144,7 @@ class Training:
         step left is saved."""
         loss, parts = self.last.totals()
         if not math.isfinite(loss):
-            cure = f"lower --learning_rate ({self.args.learning_rate:g}), or try --grad_clip 0.1"
+            cure = CURE.format(self.args.learning_rate)
             raise ValueError(f"the loss at step {self.step} is {loss}: {cure}; nothing was saved")
         return loss, parts
 
@@ -155,21 +153,19 @@ class Training:
         patience = self.args.patience > 0 and self.best_step > 0 and waited >= self.args.patience
         return patience or self.meter.is_spent(self.step)
 
-    def compare(self, metrics: dict[str, float]) -> None:
-        """Say so where the teacher knows the data less well than the student."""
-        teacher, student = metrics["teacher_loss"], metrics["val_loss"]
-        if teacher > student:
-            worse = f"the teacher is worse on this data than its student, {teacher:.4g} to"
-            print(f"{worse} {student:.4g}: one that was first trained on it has more to teach")
-
     def evaluate(self, most: int, teacher=None) -> dict[str, float]:
-        """Metrics on held-out data, of the first student, and under other names of the others."""
+        """Metrics on held-out data, of the first student, and under other names of the others. Says
+        so where a teacher knows the data less well than the student."""
         metrics, held_out = {}, self.data.held_out
         for number, student in enumerate(self.students, start=1):
             batches = held_out.evaluation(self.args.batch_size, most)
             with not_compiled(self.args.compile):
                 found = evaluate(student, batches, held_out.bytes_per_token, teacher)
             metrics |= {f"{k}_{number}" if number > 1 else k: v for k, v in found.items()}
+        if metrics.get("teacher_loss", 0.0) > metrics["val_loss"]:
+            worse = "the teacher is worse on this data than its student, {teacher_loss:.4g} to "
+            worse += "{val_loss:.4g}: one that was first trained on it has more to teach"
+            print(worse.format(**metrics))
         return metrics
 
     def save_models(self, folder: Path) -> None:

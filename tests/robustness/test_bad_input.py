@@ -25,6 +25,7 @@ import train_pretrain
 from bench import benchmark, costs
 from dataset import make_traces, prepare, teacher_cache
 from dataset.teacher_cache import HEADER_BYTES
+from dataset.tokenizer import encode, load_tokenizer
 from eval import chat, perplexity, plots, reasoning
 from files import command_line, printable
 from methods import cached_teacher
@@ -144,6 +145,15 @@ def fifo(name):
     return edit
 
 
+def overflowing(folder: Path):
+    """Finite weights that give logits of nan."""
+    (folder / "manifest.json").unlink()
+    state = load_file(folder / "model.safetensors")
+    for name in (name for name in state if "norm" in name):
+        state[name] *= 1e30
+    save_file(state, folder / "model.safetensors")
+
+
 def made_elsewhere(spoil):
     """Without a manifest, which would notice before anything is read."""
 
@@ -211,6 +221,18 @@ CASES = [
         f"{PREPARE} {TEXT} --reason {{in}}/r",
         {"x.txt": "a\n" * 9, "r": '{"question": "?", "answer": "so #### four"}\n'},
         "r line 1: the answer after #### is 'four'",
+    ),
+    *(
+        (
+            f"{PREPARE} {TEXT} --reason {{in}}/r",
+            {"x.txt": "a b\n" * 99, "r": GOOD + line(("u", "?"), ("a", "words"), **more)},
+            f"r line 81{said}",
+        )
+        for more, said in (
+            ({}, ' needs a user turn and an "answer", a number or a text'),
+            ({"answer": [1]}, ' needs a user turn and an "answer", a number or a text'),
+            ({"answer": 1, "steps": "two"}, """: "steps" 'two' must be a whole number"""),
+        )
     ),
     # Prepared folders that are not whole.
     (f"pretrain --data nowhere {FAST}", {}, "no prepared data in 'nowhere': make it with"),
@@ -381,7 +403,7 @@ CASES = [
         for spoil, said in (
             (put("config.json", NESTED), "config.json is not valid JSON"),
             (fifo("config.json"), "config.json does not exist"),
-            (fifo("model.safetensors"), "model.safetensors does not exist"),
+            (fifo("model.safetensors"), "model.safetensors is a folder, a pipe or a device"),
             (put("manifest.json", b"{}"), "manifest.json is damaged .'sha256' is missing"),
             (put("manifest.json", b'{"sha256": 3}'), "manifest.json is damaged .'sha256' is 3"),
             (put("manifest.json", NESTED), "manifest.json is not valid JSON"),
@@ -584,6 +606,30 @@ CASES = [
         )
     ),
     ("benchmark --out {in}", {}, "is there and is no file: pass another path"),
+    ("benchmark --out {in}/x", {"x": "group,size,variant\n1,2,3\n"}, "x is not a CSV of this"),
+    ("costs --results {in}/x", {"x": "group,size,variant\n1,2,3\n"}, "x is not a CSV of this"),
+    # Numbers that overflow, and what has none.
+    *(
+        (command, {"t": ("teacher", overflowing)}, "guess is (inf or )?nan.*download it again")
+        for command in (
+            "perplexity --model {in}/t --data {data} --seq_len 32",
+            "perplexity --model {teacher} --teacher {in}/t --data {data} --seq_len 32",
+            f"distill {BAD_TEACHER} --data {{data}} {FAST}",
+            "eval.reasoning --model {in}/t --problems {data}/reason_test.jsonl --out {in}/y",
+        )
+    ),
+    (
+        "perplexity --model {in}/t --data {data} --seq_len 32",
+        {"t": ("teacher", made_elsewhere(edit_json("config.json", rope_theta=0)))},
+        "a model's guess is nan: train it, or download it again",
+    ),
+    (f"{PRETRAIN} --device meta", {}, "--device meta is not usable"),
+    ("perplexity --model {teacher} --data {data} --device meta", {}, "--device meta is not usable"),
+    (
+        "eval.reasoning --model {teacher} --problems {in}/x --out {in}/y",
+        {"x": line(("u", "?"), answer=1) + line(("u", "long " * 2000), answer=1)},
+        "and 160 new ones need more than the model's 1024 positions: ask for less",
+    ),
     ("benchmark --against {in}/x", {"x": "a,b\n"}, "x is not a CSV of this benchmark|no size"),
     ("costs --results nowhere.csv", {}, "nowhere.csv is not a CSV"),
 ]
@@ -698,3 +744,57 @@ def test_no_pickle_is_ever_loaded(prepared_folder, teacher, tmp_path, monkeypatc
     assert not (tmp_path / "exploded").exists()
     pickle.loads(pickle.dumps(Bomb()))  # the bomb works
     assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("state", [{}, [], 3, {"flags": 3}, {"flags": {}, "made_from": 3}])
+def test_a_state_of_another_form_is_refused(state, prepared_folder, tmp_path, monkeypatch):
+    """Its name has the sha256 of its bytes: whoever made it knew how."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run" / "resume"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "state")
+    digest = hashlib.sha256((folder / "state").read_bytes()).hexdigest()
+    (folder / "state").rename(folder / f"state-000000002-{digest[:16]}.pt")
+    words = PRETRAIN.format(data=prepared_folder).split()[1:]
+    with pytest.raises(ValueError, match="damaged|cannot resume run with"):
+        train_pretrain.main(train_pretrain.parse_args([*words, "--out", "run", "--resume"]))
+
+
+@pytest.mark.parametrize("rate", [-5, 0, -1.0, 0.0, 10**400, "nan", [1], None])
+def test_a_record_that_is_wrong_sets_no_rate(rate, prepared_folder, teacher, tmp_path, capsys):
+    """run.json of a stranger's student: the rate is then that of any folder."""
+    student = shutil.copytree(teacher, tmp_path / "s")
+    (student / "run.json").write_text(json.dumps({"args": {"learning_rate": rate}}))
+    command = f"pretrain --model {student} --data {prepared_folder} {FAST} --out {tmp_path}/out"
+    train_pretrain.main(train_pretrain.parse_args(command.split()[1:]))
+    assert "at rate 2e-05" in capsys.readouterr().out
+
+
+def test_what_a_tokenizer_file_adds_to_texts_is_left_out(prepared_folder, tmp_path):
+    """Others' tokenizer.json may cut texts to a length, or fill them up to one."""
+    folder = shutil.copytree(prepared_folder, tmp_path / "d")
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    fill |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    edit_json("tokenizer.json", truncation=cut, padding=fill)(folder)
+    for text in ("a", "the sea sings to the old king and the ship sleeps"):
+        assert encode(load_tokenizer(folder), text) == encode(load_tokenizer(prepared_folder), text)
+
+
+def test_a_vocabulary_may_have_more_rows_than_tokens(prepared_folder, teacher, tmp_path):
+    """As Qwen's: data that is prepared for such a model has its size, so a student has it, too."""
+    folder = shutil.copytree(teacher, tmp_path / "padded")
+    made_elsewhere(edit_json("config.json", vocab_size=448))(folder)
+    state = load_file(folder / "model.safetensors")
+    rows = state["model.embed_tokens.weight"]
+    state["model.embed_tokens.weight"] = torch.cat((rows, rows[:48]))
+    save_file(state, folder / "model.safetensors")
+    (tmp_path / "x.txt").write_text("the sea sings to the old king\n" * 200)
+    out = f"--tokenizer {folder} --out {tmp_path}/data --problems 40 --test_problems 5 --prompts 5"
+    prepare.main(prepare.parse_args(["--text", str(tmp_path / "x.txt"), *out.split()]))
+    traces = f"{tmp_path}/data/reason_train.jsonl --tokenizer {tmp_path}/data --seq_len 512"
+    for name, data in (("distill", f"{tmp_path}/data"), ("distill", traces), ("reason", traces)):
+        words = f"--teacher {folder} --student nano {FAST} --data {data} --overwrite"
+        module = COMMANDS[name]
+        record = module.main(module.parse_args([*words.split(), "--out", f"{tmp_path}/out"]))
+        assert record["config"]["vocab_size"] == 448
