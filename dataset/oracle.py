@@ -30,9 +30,9 @@ from torch import Tensor
 import files
 from distill.divergences import forward_kl
 from files import check_ranges, command_line, new_parser, read_json, write_json
-from files.atomic import UNFINISHED, atomic_folder, check_keys
+from files.atomic import atomic_folder, check_keys
 
-from .packing import PackedText
+from .packing import PackedText, check_prepared
 
 V = 32
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEF"  # of the tokens 0 to V - 1
@@ -117,14 +117,7 @@ def main(args) -> None:
     files.check_apart(args)
     source = MarkovSource(args.seed)
     made_from = {"seed": args.seed, "tokens": args.tokens, "entropy_rate": source.entropy_rate}
-    files.lock(args.out, wait=True)
-    files.check_free(args.out, ("meta.json", UNFINISHED), args.overwrite)
-    if (args.out / "meta.json").is_file() and not args.overwrite:
-        PackedText(args.out, "train", 1)  # raises where it is damaged
-        if read_json(args.out / "meta.json").get("made_from") != made_from:
-            cure = "pass --overwrite to replace it, or another --out"
-            raise ValueError(f"{args.out} was made from something else: {cure}")
-        raise files.Finished(f"{args.out}: written already, with the same flags")
+    check_prepared(args.out, made_from, args.overwrite)
     text = source.sample(args.tokens + args.tokens // 10, args.seed).astype(np.uint16)
     with atomic_folder(args.out, last="meta.json") as out:
         tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))

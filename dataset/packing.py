@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import files
 from files import atomic_path, check_file, check_keys, known_hash, read_json
+from files.atomic import UNFINISHED
 
 
 def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id: int) -> dict:
@@ -33,6 +35,24 @@ def write_stream(path: Path, documents: list[list[int]], vocab_size: int, end_id
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(count), the same on every machine for the same (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def check_prepared(folder: Path, made_from: dict, overwrite: bool) -> None:
+    """Lock a folder that is about to be prepared. Raises Finished where it is, from `made_from`;
+    ValueError where it holds what others made, or from something else, unless to `overwrite`."""
+    files.lock(folder, wait=True)  # of two calls the second finds it prepared
+    files.check_free(folder, ("meta.json", UNFINISHED), overwrite)
+    if overwrite or not (folder / "meta.json").is_file():
+        return
+    PackedText(folder, "train", 1)  # raises where it is damaged
+    meta = {"made_from": {}, "files": {}, **read_json(folder / "meta.json")}
+    check_keys(meta, folder / "meta.json", made_from=dict, files=dict)
+    written = {str(folder / name): digest for name, digest in meta["files"].items()}
+    cure = "pass --overwrite to replace it, or another --out"
+    files.check_unchanged(written, folder, cure)
+    if other := [k for k, value in made_from.items() if meta["made_from"].get(k) != value]:
+        raise ValueError(f"{folder} was prepared with another {', '.join(other)}: {cure}")
+    raise files.Finished(f"{folder}: prepared already, from the same text and flags")
 
 
 class PackedText:

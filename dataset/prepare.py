@@ -24,11 +24,11 @@ from collections import Counter
 from pathlib import Path
 
 import files
-from files import command_line, read_json
-from files.atomic import UNFINISHED, atomic_folder
+from files import command_line
+from files.atomic import atomic_folder
 
 from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
-from .packing import PackedText, write_stream
+from .packing import check_prepared, write_stream
 from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, check_problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import (
@@ -139,18 +139,7 @@ def main(args) -> None:
         "val_share": val_share, "content": hashlib.sha256(content).hexdigest(),
         "tokenizer": args.tokenizer and files.tokenizer_hash(args.tokenizer),
     }  # fmt: skip
-    files.lock(args.out, wait=True)  # of two calls the second finds it prepared
-    files.check_free(args.out, ("meta.json", UNFINISHED), args.overwrite)
-    if (args.out / "meta.json").is_file() and not args.overwrite:
-        cure = "pass --overwrite to replace it, or another --out"
-        PackedText(args.out, "train", 1)  # raises where it is damaged
-        meta = {"made_from": {}, "files": {}, **read_json(args.out / "meta.json")}
-        files.check_keys(meta, args.out / "meta.json", made_from=dict, files=dict)
-        before, written = meta["made_from"], meta["files"]
-        files.check_unchanged({f"{args.out}/{k}": v for k, v in written.items()}, args.out, cure)
-        if other := [name for name, value in made_from.items() if before.get(name) != value]:
-            raise ValueError(f"{args.out} was prepared with another {', '.join(other)}: {cure}")
-        raise files.Finished(f"{args.out}: prepared already, from the same text and flags")
+    check_prepared(args.out, made_from, args.overwrite)
     with atomic_folder(args.out, last="meta.json") as out:
         for split, lines in reasoning.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -155,9 +155,9 @@ def test_a_lesson_learns_from_it(written, tmp_path):
 def test_the_same_call_finds_it_written_and_another_is_refused(written, tmp_path):
     flags = ["--out", written, "--tokens", 20_000]
     before = (written / "train.bin").read_bytes()
-    with pytest.raises(Finished, match="written already"):
+    with pytest.raises(Finished, match="prepared already"):
         run(oracle, *flags, "--seed", 3)
-    with pytest.raises(ValueError, match="made from something else: pass --overwrite"):
+    with pytest.raises(ValueError, match="was prepared with another seed.*: pass --overwrite"):
         run(oracle, *flags, "--seed", 4)
     with pytest.raises(ValueError, match="was prepared with another"):
         few = ["--problems", 30, "--prompts", 5, "--test_problems", 5]
