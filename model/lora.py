@@ -130,7 +130,10 @@ def load_lora(model: nn.Module, folder) -> nn.ModuleList:
     for name, plain in PLAIN.items():
         if (found := about.get(name, plain) or plain) != plain:
             raise ValueError(f"{path}: {name} = {found!r} is not supported, only {plain!r}")
-    adapter = add_lora(model, about["r"], about["lora_alpha"], about["target_modules"])
+    alpha, targets = about.get("lora_alpha"), about["target_modules"]
+    if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+        raise ValueError(f"{path} is damaged ('lora_alpha' is {alpha!r}): save the adapter again")
+    adapter = add_lora(model, about["r"], alpha, list(map(str, targets)))
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:

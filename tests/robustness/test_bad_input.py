@@ -30,6 +30,7 @@ from eval import chat, perplexity, plots, reasoning
 from files import command_line, printable
 from methods import cached_teacher
 from model import ModelConfig, Transformer, load_model, save_model
+from model.lora import add_lora, load_lora, save_lora
 
 COMMANDS = {
     "prepare": prepare,
@@ -798,3 +799,22 @@ def test_a_vocabulary_may_have_more_rows_than_tokens(prepared_folder, teacher, t
         module = COMMANDS[name]
         record = module.main(module.parse_args([*words.split(), "--out", f"{tmp_path}/out"]))
         assert record["config"]["vocab_size"] == 448
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        *(({"lora_alpha": x}, "'lora_alpha' is") for x in (None, "16", [1], 0, float("nan"))),
+        ({"r": 0}, "an adapter of rank 0"),
+        ({"r": "8"}, "'r' is '8'"),
+        ({"target_modules": [3]}, "no layer is called 3"),
+        ({"target_modules": "q_proj"}, "'target_modules' is 'q_proj'"),
+    ],
+)
+def test_an_adapter_of_another_form_is_refused(wrong, said, teacher, tmp_path):
+    model = load_model(teacher)
+    add_lora(model, 2, 4.0)
+    save_lora(model, tmp_path, teacher)
+    edit_json("adapter_config.json", **wrong)(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        load_lora(load_model(teacher), tmp_path)
