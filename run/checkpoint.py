@@ -51,7 +51,7 @@ class RunFolder:
             if not name.startswith("state"):
                 theirs = f"{self.path}/resume holds files that no run made ({name})"
                 raise ValueError(f"{theirs}: pass another --out")
-        is_ours = files.check_free(self.path, ("run.json", "resume", "phases"), overwrite)
+        is_ours = files.check_free(self.path, ("run.json", "resume"), overwrite)
         if resume and record.is_file():
             before = files.read_json(record, args=dict)
             self.check_same(before["args"], before.get("made_from", {}))

@@ -12,15 +12,21 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from files import Finished, read_json
+from files import Finished, check_free, read_json
 
 COSTS = ("tokens", "flops", "seconds")
 
 
 def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
     """Run train(args) with `changes` to the flags, in --out/phases/NAME, unless that is done;
-    returns that folder. Raises ValueError where it was done with other flags or files."""
-    out = Path(args.out) / "phases" / name
+    returns that folder. Raises ValueError where it was done with other flags or files, or where
+    --out holds something else already."""
+    whole, out = Path(args.out), Path(args.out) / "phases" / name
+    check_free(whole, ("run.json", "resume"), args.overwrite)
+    if (whole / "run.json").is_file() and not args.resume and not args.overwrite:
+        cure = "pass --overwrite to replace it, or another --out"
+        raise ValueError(f"{whole} already holds a run: {cure}")
+    (whole / "resume").mkdir(parents=True, exist_ok=True)  # the mark of a run's folder
     own = Namespace(**{**vars(args), "phases": [], **changes, "out": out})
     own.resume = args.resume or (out / "run.json").is_file() and not args.overwrite
     own.overwrite = args.overwrite and not own.resume

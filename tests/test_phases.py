@@ -1,7 +1,5 @@
 """A run of several phases: a finished one is loaded, a killed one resumed, their costs added up."""
 
-import shutil
-
 import pytest
 
 import train_distillation
@@ -51,11 +49,22 @@ def test_costs_are_those_of_all_phases(prepared_folder, tmp_path):
     assert own[1]["flops"] > own[0]["flops"], "an assistant's cost has its teacher's passes"
 
 
+def test_what_is_in_out_is_asked_before_the_first_phase(prepared_folder, tmp_path):
+    (tmp_path / "phases").mkdir()
+    (tmp_path / "phases" / "moon.txt").write_text("of the user's own")
+    with pytest.raises(ValueError, match="did not make"):
+        chain(prepared_folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["phases"], "something was written"
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds a run"):
+        chain(prepared_folder, tmp_path)
+
+
 def test_other_flags_refuse_a_finished_phase_and_overwrite_replaces_it(prepared_folder, tmp_path):
     chain(prepared_folder, tmp_path)
     before = weights(tmp_path / "phases" / "teacher")
-    shutil.rmtree(tmp_path / "resume", ignore_errors=True)
-    (tmp_path / "run.json").unlink()
+    (tmp_path / "run.json").rename(tmp_path / "resume.json")
+    (tmp_path / "resume").mkdir()  # as if it had been killed before its last phase
     with pytest.raises(ValueError, match="--seed 1: it ran with 0"):
         chain(prepared_folder, tmp_path, "--seed", 1)
     chain(prepared_folder, tmp_path, "--seed", 1, "--overwrite")
