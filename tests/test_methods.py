@@ -141,14 +141,14 @@ def test_on_problems_the_score_is_the_answers(rows):
     assert "3 steps %" in arms_table(rows)
 
 
-@pytest.mark.parametrize("bed", ["few", "oracle"])
+@pytest.mark.parametrize("bed", ["words", "oracle"])
 def test_the_comparison_at_toy_size(bed, prepared_folder, tmp_path, monkeypatch):
     """Two arms and one more budget; the search; the tables and the picture."""
     monkeypatch.chdir(tmp_path)
-    scale = dataclasses.replace(TINY, name="tiny", seeds=2, text_steps=8, text_final_eval=12)
+    scale = dataclasses.replace(TINY, name="tiny", seeds=1, text_steps=8, text_final_eval=12)
     monkeypatch.setitem(SCALES, "quick", scale)
     folder = Path(experiment.scale_of("quick", bed).data)
-    if bed == "few":
+    if bed == "words":
         shutil.copytree(prepared_folder, folder)
     else:
         run(oracle, "--out", folder, "--tokens", 4000)
@@ -163,16 +163,33 @@ def test_the_comparison_at_toy_size(bed, prepared_folder, tmp_path, monkeypatch)
     ):
         monkeypatch.setattr(experiment, name, value)
     args = ["--bed", bed, "--preset", "quick", "--results", str(tmp_path / "results")]
-    experiment.main(experiment.parse_args([*args, "--search"]))
+    if bed == "oracle":
+        experiment.main(experiment.parse_args([*args, "--search"]))
+        searched = read_rows(tmp_path / "results" / bed / "search" / "results.csv")
+        assert [row["arm"] for row in searched] == [
+            f"hidden states, weight {x}" for x in (0.3, 3.0)
+        ]
     experiment.main(experiment.parse_args(args))
     found = read_rows(tmp_path / "results" / bed / "results.csv")
     assert {(row["arm"], row["seed"]) for row in found} == {
-        (arm, seed) for arm in ("plain", "hidden states", "plain x2") for seed in "01"
+        (arm, seed) for arm in ("plain", "hidden states", "plain x2") for seed in "0"
     }
     steps = {row["arm"]: row["steps"] for row in found}
-    assert steps == {"plain": "4", "hidden states": "4", "plain x2": "8"}
+    first, twice = ("2", "4") if bed == "words" else ("4", "8")
+    assert steps == {"plain": first, "hidden states": first, "plain x2": twice}
     assert all(float(row.get("kl_to_truth", 0)) > 0 for row in found) == (bed == "oracle")
-    searched = read_rows(tmp_path / "results" / bed / "search" / "results.csv")
-    assert [row["arm"] for row in searched] == [f"hidden states, weight {x}" for x in (0.3, 3.0)]
+    assert all("accuracy_3" in row for row in found) == (bed == "words")
     text = (tmp_path / "results" / "README.md").read_text("utf-8")
     assert "hidden states" in text and (tmp_path / "results" / bed / "plot.png").is_file()
+
+
+def test_the_search_and_the_table_see_other_documents():
+    class Text:
+        """Three documents of 10, 4 and 6 tokens, in windows of 4."""
+
+        stream, seq_len, size = np.ones(20, int), 4, 4
+
+    Text.stream[[9, 13, 19]] = 0
+    search, table = (experiment.documents(Text, "few", search=which) for which in (True, False))
+    assert (search.tolist(), table.tolist()) == ([0, 1], [3]), "window 2 is of both documents"
+    assert experiment.documents(Text, "oracle", search=True).tolist() == [0]
