@@ -5,14 +5,18 @@
     run = Run(args); student = run.student(folder, data); ...; run.finish()
 
 A phase that is finished is loaded, one that was stopped goes on with --resume. What all phases cost
-together is in the run.json of the last one, and what each cost by itself under "phases".
+together is in the run.json of the last one, and what each cost by itself under "phases"; the flags
+that the whole chain was given are under "given", among its "args".
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 from files import Finished, check_free, read_json
+
+from .checkpoint import NOT_IN_RESULT
 
 COSTS = ("tokens", "flops", "seconds")
 
@@ -22,12 +26,16 @@ def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
     returns that folder. Raises ValueError where it was done with other flags or files, or where
     --out holds something else already."""
     whole, out = Path(args.out), Path(args.out) / "phases" / name
+    if "given" not in args:  # before a phase's folder takes the place of --teacher or --student
+        plain = {k: v for k, v in vars(args).items() if k not in NOT_IN_RESULT}
+        args.given = json.loads(json.dumps(plain, default=str))
     check_free(whole, ("run.json", "resume"), args.overwrite)
     if (whole / "run.json").is_file() and not args.resume and not args.overwrite:
         cure = "pass --overwrite to replace it, or another --out"
         raise ValueError(f"{whole} already holds a run: {cure}")
     (whole / "resume").mkdir(parents=True, exist_ok=True)  # the mark of a run's folder
     own = Namespace(**{**vars(args), "phases": [], **changes, "out": out})
+    del own.given
     own.resume = args.resume or (out / "run.json").is_file() and not args.overwrite
     own.overwrite = args.overwrite and not own.resume
     print(f"{out}: phase {name}")

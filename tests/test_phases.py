@@ -46,6 +46,8 @@ def test_costs_are_those_of_all_phases(prepared_folder, tmp_path):
     assert record["tokens"] == 3 * 4 * 4 * 32  # phases x steps x sequences x tokens
     student = record["phases"]["last"]["flops"]
     assert record["flops"] == student + sum(phase["flops"] for phase in own)
+    given = record["args"]["given"]["teacher"], record["args"]["teacher"]
+    assert given == ("out/teacher", str(tmp_path / "phases" / "assistant"))
     assert own[1]["flops"] > own[0]["flops"], "an assistant's cost has its teacher's passes"
 
 
