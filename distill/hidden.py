@@ -11,6 +11,7 @@ divides all channels of a position by one number. The cosine leaves the length o
 Shapes: B batch, S sequence, N valid tokens, D and E widths of student and teacher.
 """
 
+import torch
 from torch import Tensor
 
 from .logits import at_least_float32
@@ -40,10 +41,7 @@ def hidden_state_loss(
         raise ValueError(f"no metric '{metric}' of hidden states: use {' or '.join(METRICS)}")
     teacher_states = teacher_states.detach()
     if mask is not None:  # positions are left out before anything is computed from them
-        student_states, teacher_states = (
-            student_states[mask],
-            teacher_states[mask],
-        )  # (N, D), (N, E)
+        student_states, teacher_states = student_states[mask], teacher_states[mask]  # (N, ...)
     seen, target = normalise(student_states), normalise(teacher_states)
     seen = seen if projection is None else projection(seen)
     if seen.shape != target.shape:
@@ -56,6 +54,13 @@ def hidden_state_loss(
     return errors.sum() / max(1, errors.numel())
 
 
+def layer_errors(states, targets, projections, mask: Tensor) -> Tensor:
+    """| W_l n(h_l) - n(t_l) |^2 / E of each of L layers, (L,): lists of h (B, S, D), of t (B, S, E)
+    and of modules W (D -> E); mask (B, S)."""
+    triples = zip(states, targets, projections, strict=True)
+    return torch.stack([hidden_state_loss(h, t, mask, W) for h, t, W in triples])
+
+
 def layer_pairs(name: str, students: int, teachers: int) -> list[tuple[int, int]]:
     """(student layer, teacher layer) pairs, counted from 1, for models of so many layers.
 
@@ -63,9 +68,7 @@ def layer_pairs(name: str, students: int, teachers: int) -> list[tuple[int, int]
     layer), or pairs as "1:2,4:6". Raises ValueError for another name or a layer there is not."""
     if name == "last":
         return [(students, teachers)]
-    if (
-        name == "uniform"
-    ):  # rounded up: round() would give layer 0, the embedding, of a flat teacher
+    if name == "uniform":  # rounded up: round() would give a flat teacher's embedding, layer 0
         return [(layer, -(-layer * teachers // students)) for layer in range(1, students + 1)]
     try:
         pairs = [tuple(map(int, pair.split(":"))) for pair in name.split(",")]

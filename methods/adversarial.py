@@ -8,19 +8,17 @@ h (B, S, D) is the student's state after its last layer, t (B, S, E) the teacher
 root mean square, W (D -> E) is learned with the student and thrown away. Nothing says which state
 belongs to which token, only how the teacher's states are spread: a weaker demand than |W h - t|^2,
 for a student that cannot meet that (GAN, 1406.2661, in its non-saturating form). Samples instead of
-states need rewards, for no gradient passes a drawn token (GAD, 2511.10643). KL points to the
-student; the teacher gets no gradient, C none from `fooled`, the student none from `judged`; C has
-an optimizer of its own. Means are over labels that are not -100.
+states need rewards: no gradient passes a drawn token (GAD, 2511.10643). KL points to the student;
+the teacher gets no gradient, C none from `fooled`, the student none from `judged`; C has its own
+optimizer. Means are over labels that are not -100. Traps: without stop() the student helps to be
+told apart; a C that learns from `fooled` goes blind; size alone gives a state away, hence n.
 Charged: the teacher's forward pass, C and W.
-Traps: without stop() the student helps to be told apart; a C that learns from `fooled` goes blind;
-size gives a state away before anything else does, hence n.
 
     python -m methods.adversarial
     python -m methods.adversarial --weight 0             # C only watches: plain distillation
 
-Judged on few: success is 0.02 nats below --weight 0 over 3 seeds. Watch `accuracy`, of C: 0.5 says
-that it cannot tell them apart, 1 that the student gets nothing but noise from it.
-Try: --weight 1; --discriminator_rate 0.0003 (a weak judge).
+Judged on few: success is 0.02 nats below --weight 0 over 3 seeds.
+Try: --weight 1; --discriminator_rate 0.0003 (C's `accuracy`: 0.5 is fooled, at 1 it gives noise).
 Shapes: B batch, S sequence, V vocabulary, D and E widths of student and teacher.
 """
 

@@ -14,8 +14,7 @@ Weights that follow the layers that lag are what popular texts call SDD: no publ
 name was found, `lag` is our definition. KL points to the student; no gradient reaches the teacher,
 or flows through lag; means are over labels that are not -100, lag is of a micro-batch.
 Charged: the teacher's forward pass, and the projections.
-Traps: a lag that carries gradient (then a layer is paid for falling behind); weights that do not
-sum to 1, which change the rate and not the balance.
+Traps: a lag with a gradient (a layer is paid for falling behind); weights that do not sum to 1.
 
     python -m methods.dynamic_layers
     python -m methods.dynamic_layers --power 0 --dynamics 0     # plain matching of hidden states
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
-from distill.hidden import hidden_state_loss, layer_pairs
+from distill.hidden import layer_errors, layer_pairs
 from files import check_ranges
 from model import Record
 from run import Run, add_common_flags, command_line, new_parser
@@ -44,12 +43,6 @@ def lag(errors: Tensor, power: float) -> Tensor:
     return errors / errors.sum()
 
 
-def errors_of(states, targets, projections, valid) -> Tensor:
-    """| W_l n(h_l) - n(t_l) |^2 / E, (L,): lists of (B, S, D) and (B, S, E); valid (B, S)."""
-    triples = zip(states, targets, projections, strict=True)
-    return torch.stack([hidden_state_loss(h, t, valid, W) for h, t, W in triples])
-
-
 def changes(states: list[Tensor]) -> list[Tensor]:
     return [after - before for before, after in zip(states, states[1:], strict=False)]
 
@@ -60,8 +53,8 @@ def compute_loss(mine, theirs, labels, projections, alpha, weight, dynamics, pow
     valid, (W, U) = labels != -100, projections
     ce = weighted_mean(cross_entropy(mine.logits, labels), valid)
     kl = weighted_mean(kl_divergence(mine.logits, theirs.logits, 1.0), valid)
-    e = errors_of(mine.hidden[1:], theirs.hidden[1:], W, valid)  # (L,)
-    d = errors_of(changes(mine.hidden), changes(theirs.hidden), U, valid)
+    e = layer_errors(mine.hidden[1:], theirs.hidden[1:], W, valid)  # (L,)
+    d = layer_errors(changes(mine.hidden), changes(theirs.hidden), U, valid)
     loss = alpha * ce + (1 - alpha) * kl
     loss = loss + weight * (lag(e, power) * e).sum() + dynamics * (lag(d, power) * d).sum()
     return loss, {"ce": ce, "kl": kl, "hidden": e.mean(), "changes": d.mean()}

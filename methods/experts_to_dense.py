@@ -3,15 +3,13 @@
     start:  W = new, or W_e of the most used expert, or sum_e share_e W_e, its units aligned or not
     loss = alpha * CE + (1 - alpha) * KL(teacher || student)
 
-A mixture of experts is cheap per token but must be in memory as a whole. How much of a dense
-student can come from its experts (2201.10890, 2502.12947)? share_e is expert e's mean weight from
-the gate, over 8 training batches; "rest" copies all but the experts. No gradient reaches the
-teacher; means are over the tokens whose label is not -100. The balance loss, one of each
+How much of a dense student can come from a teacher's experts (2201.10890, 2502.12947)? share_e is
+expert e's mean weight from the gate, over 8 training batches; "rest" copies all but the experts. No
+gradient reaches the teacher; means are over labels that are not -100. The balance loss, one of each
 micro-batch, is only of the phase that trains the teacher: in a student's CE alpha would scale it.
-Traps: experts have their hidden units in different orders (model/align.py); noise in the gate and
-experts that drop tokens must be off: a teacher here has neither. Equal size: the student has one
-expert's width. Of nano with 4 experts, 2 per token, the teacher has 451,392 parameters, of which a
-token uses 303,936, and the student 229,696: fewer than either.
+Traps: experts have their hidden units in different orders (model/align.py); noise in the gate,
+experts that drop tokens (a teacher here has neither). Nano has 229,696 parameters, a teacher of its
+shape with 4 experts 451,392, of which a token uses 303,936.
 Charged: the teacher's training where none is given, its passes; not the 8 batches.
 
     python -m methods.experts_to_dense         # trains its teacher first, on all of the text
@@ -28,11 +26,10 @@ from dataclasses import asdict
 import torch
 
 from dataset import add_data_flags, open_data
-from distill import at_least_float32, cross_entropy, weighted_mean
+from distill import cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
-from model import ExpertsConfig, add_experts
 from model.align import measure_shares, start_dense
-from model.experts import RouterRecord, balance_loss
+from model.experts import ExpertsConfig, RouterRecord, add_experts, balance_loss
 from run import Run, add_common_flags, command_line, new_parser, run_phase
 
 RANGES = {"experts": (2, 256), "experts_per_token": (1, 256), "balance": (0.0, 100.0)}
@@ -42,18 +39,14 @@ RANGES |= {"teacher_steps": (1, 10**9)}
 def compute_loss(student_logits, teacher_logits, labels, alpha: float):
     """alpha * CE + (1 - alpha) * KL, a scalar, and its parts. Logits (B, S, V), labels (B, S)."""
     valid = labels != -100
-    log_q = at_least_float32(student_logits).log_softmax(-1)
-    log_p = at_least_float32(teacher_logits.detach()).log_softmax(-1)
-    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 log 0 = 0
-    ce, kl = cross_entropy(student_logits, labels), terms.sum(-1)  # (B, S) each
-    parts = {"ce": weighted_mean(ce, valid), "kl": weighted_mean(kl, valid)}
-    return alpha * parts["ce"] + (1 - alpha) * parts["kl"], parts
+    ce = weighted_mean(cross_entropy(student_logits, labels), valid)
+    kl = weighted_mean(kl_divergence(student_logits, teacher_logits, 1.0), valid)
+    return alpha * ce + (1 - alpha) * kl, {"ce": ce, "kl": kl}
 
 
 def train_teacher(args) -> dict:
     """The phase that makes a teacher: the student's shape with experts, by CE and balance."""
-    run = Run(args)
-    data = open_data(args, args.student)
+    run, data = Run(args), open_data(args, args.student)
     teacher = run.student(args.student, data)
     number = {"num_local_experts": args.experts, "num_experts_per_tok": args.experts_per_token}
     shape = asdict(teacher.config) | number | {"router_aux_loss_coef": args.balance}
@@ -87,8 +80,7 @@ def main(args) -> dict:
         raise ValueError("--fsdp shards a model before it gets experts: leave --fsdp out")
     length = {"steps": args.teacher_steps, "flops": None, "seconds": None, "data_share": 1.0}
     folder = args.teacher or run_phase(args, "teacher", train_teacher, **length)
-    run = Run(args)
-    data = open_data(args, args.student, folder)
+    run, data = Run(args), open_data(args, args.student, folder)
     teacher, student = run.teacher(folder, data), run.student(args.student, data)
     if args.start != "random":
         batches = [data.batch(step, args.batch_size, args.seed) for step in range(8)]

@@ -24,21 +24,18 @@ Try: --width first (channels nobody ranked), --width full --steps 20 (how soon i
 Shapes: B batch, S sequence, V vocabulary, D width, L_s and L_t layers of student and teacher.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
-from model import PRESETS, ModelConfig, Transformer
-from model.prune import even_layers, importance, prune
+from model import Transformer
+from model.prune import even_layers, importance, prune, smaller_shape
 from run import Run, add_common_flags, command_line, new_parser
 
 RANKED = 4  # batches of training data whose activations rank channels, heads and units
 RANGES = {"layers": (0, 1000)}
-CUT = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def compute_loss(student_logits, teacher_logits, labels, alpha: float):
@@ -55,14 +52,7 @@ def compute_loss(student_logits, teacher_logits, labels, alpha: float):
 def cut_out(args, teacher: Transformer, batches: list[Tensor]) -> Transformer:
     """The student before its first step: the teacher's configuration with the sizes of a preset, as
     --width allows; batches of input_ids (B, S) rank what is kept."""
-    if args.student not in PRESETS:
-        cure = f"use one of {', '.join(PRESETS)}"
-        raise ValueError(f"--student {args.student} is no preset, whose shape is needed: {cure}")
-    preset = ModelConfig.preset(args.student, teacher.config.vocab_size)
-    sizes = {"num_hidden_layers": args.layers or preset.num_hidden_layers}
-    if args.width != "full":
-        sizes |= {name: getattr(preset, name) for name in CUT}
-    shape = replace(teacher.config, **sizes)
+    shape = smaller_shape(teacher.config, args.student, args.layers, whole=args.width == "full")
     if args.init == "random":
         return Transformer(shape)
     ranks = importance(teacher, batches)

@@ -3,14 +3,13 @@
     theta = sum_i w_i theta_i        w = softmax(-L(theta_i; few examples) / tau)
 
 A base takes the first part of --steps, copies of it on each part of the text (other plays) the
-rest; their float32 weights are averaged (2311.13534; soups, 2203.05482). It is no mixture of
-experts, as popular texts have it: one model comes out, of one model's cost. No teacher, so no KL:
-all learn by CE, and L is CE, a mean over the tokens whose label is not -100. Nobody trains on the
-windows of the examples, and nothing is reported on them. Traps: bases of several seeds
-(--ancestors 2) have no hidden unit in common, and their merge must fail; weights that do not add up
-to 1 shrink a model. A merge trains nothing: the last run is one step at a rate of 1e-12 from the
-merged weights, for run.json, log.csv and best/. merge.json has the parts; a merge has to beat their
-mean loss. Charged: all phases; not the loss on the examples.
+rest; their float32 weights are averaged (2311.13534; soups, 2203.05482). No mixture of experts, as
+popular texts have it: one model comes out. No teacher, so no KL: all learn by CE, and L is CE, a
+mean over labels that are not -100. Nobody trains on the windows of the examples, and nothing is
+reported on them. Traps: bases of several seeds (--ancestors 2) have no hidden unit in common, and
+their merge must fail; weights that do not add up to 1 shrink a model. The last run is one step at
+a rate of 1e-12 from the merged weights, for run.json, log.csv and best/; merge.json has the parts.
+Charged: all phases; not the loss on the examples.
 
     python -m methods.merge
     python -m methods.merge --ancestors 2 --out out/two_ancestors
@@ -22,31 +21,19 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from argparse import Namespace
 
-import torch
 from torch import Tensor
 
 from dataset.parts import PartOfText
 from distill import cross_entropy, weighted_mean
-from files import check_ranges, read_json, write_json
+from files import check_ranges, write_json
 from model import load_model, save_model
+from model.merge import merge, merge_weights
 from run import Run, add_common_flags, command_line, evaluate, new_parser, run_phase
-from run.phases import share_of
+from run.phases import share_of, val_loss
 
 RANGES = {"parts": (2, 64), "ancestors": (1, 64), "base_share": (0.01, 0.99), "tau": (1e-6, 1e6)}
 RANGES |= {"examples": (1, 10**6)}
 NOTHING = {"steps": 1, "flops": None, "seconds": None, "learning_rate": 1e-12}
-
-
-def merge_weights(losses: list[float], tau: float) -> list[float]:
-    """softmax(-losses / tau): a lower loss weighs more."""
-    return (-torch.tensor(losses, dtype=torch.float64) / tau).softmax(0).tolist()
-
-
-def merge(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """The weighted average of state_dicts of equal shapes, in float32."""
-    assert abs(sum(weights) - 1) < 1e-6, "the model would shrink or grow"
-    pairs = list(zip(weights, states, strict=True))
-    return {name: sum(w * state[name].float() for w, state in pairs) for name in states[0]}
 
 
 def compute_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,7 +89,7 @@ def main(args) -> dict:
     merged = args.out / "phases" / "merged"
     save_model(models[0], merged, args.data)
     record = train(Namespace(**{**vars(args), **NOTHING, "part": "all", "student": str(merged)}))
-    own = [read_json(folder / "run.json")["metrics"]["val_loss"] for folder in folders]
+    own = [val_loss(folder) for folder in folders]
     found = {"weights": weights, "example_losses": losses, "val_losses": own}
     write_json(args.out / "merge.json", found)
     print(f"{found}; mean {sum(own) / len(own):.4f}, merged {record['metrics']['val_loss']:.4f}")

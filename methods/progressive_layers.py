@@ -4,22 +4,16 @@
     last phase            alpha * CE + (1 - alpha) * KL(teacher || student)
 
 h_l (B, S, D) is the student's state after its layer l, t (B, S, E) the teacher's, n divides by the
-root mean square, W_l (D -> E) is learned and thrown away. In phase l only layer l learns (and the
-embedding in phase 1): a short problem with a near target, where the whole depth has a far one
-(MobileBERT, 2004.02984; TED, 2210.01351). Layers are fed by the student's own layers below; fed by
-the teacher's states they would be another method. KL points to the student; no gradient reaches the
-teacher or a frozen layer; means are over labels that are not -100. All phases together take the
-steps of one plain run, each with a warm-up and a cosine of its own.
-Charged: all phases; in a layer's no head, but both bodies whole, also the layers above it.
-Traps: a tied head that still moves the frozen embedding; an optimizer that holds frozen weights and
-shrinks them; the cost of the last phase told as all. The held-out loss of a layer's phase means
-nothing, for its head is new.
+root mean square, W_l (D -> E) is learned and thrown away. In phase l layer l alone learns (in phase
+1 also the embedding), fed by the student's own layers below: a near target (MobileBERT, 2004.02984;
+TED, 2210.01351). KL points to the student; no gradient reaches the teacher or a frozen layer; means
+are over labels that are not -100. Traps: a tied head that still moves the frozen embedding; an
+optimizer that shrinks frozen weights; the held-out loss of a layer's phase, whose head is new.
+Charged: all phases, together the steps of one run; a layer's has no head, but both bodies whole.
 
     python -m methods.progressive_layers
-    python -m methods.progressive_layers --share 0.2     # a fifth of the steps for the layers
-    python -m methods.progressive_layers --share 0       # none: plain distillation
 
-Judged on few: success is 0.02 nats below --share 0 over 3 seeds, at the same steps.
+Judged on few: success is 0.02 nats below --share 0, plain distillation, over 3 seeds.
 Try: --share 0.8; --student micro (three phases).
 Shapes: B batch, S sequence, V vocabulary, D and E widths, L_s and L_t layers of the two models.
 """
@@ -33,7 +27,8 @@ from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from distill.hidden import hidden_state_loss, layer_pairs
 from files import check_ranges
-from model import PRESETS, Record, Transformer, read_config
+from model import Record, number_of_layers
+from model.freeze import freeze_but
 from run import Run, add_common_flags, command_line, new_parser, run_phase
 
 RANGES = {"share": (0.0, 0.95)}
@@ -47,21 +42,11 @@ def compute_loss(student_logits, teacher_logits, labels, alpha: float):
     return alpha * ce + (1 - alpha) * kl, {"ce": ce, "kl": kl}
 
 
-def freeze_but(student: Transformer, number: int) -> None:
-    """Only layer `number`, counted from 1, learns, with the first one the embedding. A tied head is
-    the embedding: what is frozen is the parameter, by whatever path a gradient comes."""
-    student.requires_grad_(False)
-    student.model.layers[number - 1].requires_grad_(True)
-    if number == 1:
-        student.model.embed_tokens.requires_grad_(True)
-
-
 def train_layer(args, number: int) -> None:
-    run = Run(args)
-    data = open_data(args, args.student, args.teacher)
+    run, data = Run(args), open_data(args, args.student, args.teacher)
     teacher, student = run.teacher(args.teacher, data), run.student(args.student, data)
     freeze_but(student, number)
-    pairs = layer_pairs("uniform", len(student.model.layers), len(teacher.model.layers))
+    _, m = layer_pairs("uniform", len(student.model.layers), len(teacher.model.layers))[number - 1]
     project = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
     run.optimize(student, project)
     for input_ids, labels in run.batches(data):  # (B, S) each
@@ -70,9 +55,7 @@ def train_layer(args, number: int) -> None:
             student.model.forward(input_ids, record=mine)  # the body alone: no logits
             with torch.no_grad():
                 teacher.model.forward(input_ids, record=theirs)
-            ours, other = pairs[number - 1]  # counted from 1: index 0 is the embedding
-            state, goal = mine.hidden[ours], theirs.hidden[other]
-            loss = hidden_state_loss(state, goal, labels != -100, project)
+            loss = hidden_state_loss(mine.hidden[number], theirs.hidden[m], labels != -100, project)
         run.step(loss, hidden=loss)
     run.finish()
 
@@ -84,8 +67,7 @@ def parse_args(argv=None):
     add("--alpha", type=float, default=0.5, help="of the last phase: 0: teacher; 1: labels")
     add_data_flags(parser)
     add_common_flags(parser, out="out/progressive_layers", pair=True, fused=False)
-    # A phase's folder goes on at the rate of a new model: it is not to keep what it knows.
-    parser.set_defaults(optimizer="muon", learning_rate=0.012)
+    parser.set_defaults(optimizer="muon", learning_rate=0.012)  # in each phase as for a new model
     return parser.parse_args(argv)
 
 
@@ -93,8 +75,7 @@ def main(args) -> dict:
     check_ranges(args, **RANGES)
     if args.flops or args.seconds or args.fsdp:
         raise ValueError("layer by layer, --steps are shared out: leave --flops, --seconds, --fsdp")
-    preset = PRESETS.get(args.student)
-    layers = preset[1] if preset else read_config(args.student).num_hidden_layers
+    layers = number_of_layers(args.student)
     steps = max(1, round(args.steps * args.share / layers)) if args.share else 0  # of a layer
     if args.steps <= steps * layers:
         raise ValueError(f"--steps {args.steps} are too few for {layers} layers and a last phase")
@@ -102,8 +83,7 @@ def main(args) -> dict:
         train = partial(train_layer, number=number)
         args.student = str(run_phase(args, f"layer{number}", train, steps=steps))
     args.steps -= steps * layers
-    run = Run(args)
-    data = open_data(args, args.student, args.teacher)
+    run, data = Run(args), open_data(args, args.student, args.teacher)
     teacher, student = run.teacher(args.teacher, data), run.student(args.student, data)
     run.optimize(student)
     for input_ids, labels in run.batches(data):

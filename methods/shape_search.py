@@ -1,31 +1,23 @@
 """Shape search: a dozen shapes of one size, and which cheap ranking of them foretells the last one.
 
     tau = (pairs in the same order - pairs in opposite orders) / (n (n - 1) / 2)      Kendall 1938
+    loss = alpha * CE + (1 - alpha) * KL(teacher || student)
 
 Deep and narrow or shallow and wide? All shapes have as many parameters as the preset --student,
-within 2%: what the embedding leaves goes to the layers (model/shapes.py). Each is trained three
-times from one seed: --short steps on the text, --short steps with the teacher, --steps with it.
-What a search may trust a short budget for is how its ranking agrees with the last one: tau is 1 for
-the same order, and by chance 0, give or take sqrt(2 (2n + 5) / (9n (n - 1))), 0.22 for n = 12.
-Beside it stands a ranking that costs nothing, by depth. The shape that is best after the short run
-with the teacher is the student in --out; all are in shapes.json. Searches with a teacher: DNA
-(1911.13053), AdaBERT (2001.04246).
-The loss is alpha * CE + (1 - alpha) * KL(teacher || student), a mean over labels that are not -100;
-no gradient reaches the teacher.
+within 2%. Each is trained three times from one seed: --short steps on the text, --short with the
+teacher, --steps with it. tau tells how a short ranking agrees with the last one: 1 for the same
+order, by chance 0 +- sqrt(2 (2n + 5) / (9n (n - 1))), 0.22 for n = 12. Depth is a ranking for free.
+The best short one with the teacher is in --out, all in shapes.json (DNA, 1911.13053; AdaBERT,
+2001.04246). Means are over labels that are not -100; no gradient reaches the teacher. Traps: equal
+sizes told as equal costs; the winner told alone; an order of losses closer than two seeds'.
 Charged: all runs, with the teacher's passes where it is heard.
-Traps: sizes that differ; equal sizes told as equal costs (they are not, see the flops of each
-phase); the winner reported alone; last losses closer than two seeds' have no order.
 
     python -m methods.shape_search                            # about 10 minutes on a core
-    python -m methods.shape_search --shapes 6 --short 20
 
-Judged on few: success is tau above 0.44 (two deviations from chance) with the teacher, and above
-what the text alone and depth reach.
-Try: --short 10; --student micro (less of it is embedding).
-Shapes: B batch, S sequence, V vocabulary, D width, L layers, I feed-forward units, n shapes.
+Judged on few: success is tau above 0.44 (chance + 2 deviations) with the teacher, above all others.
+Try: --shapes 6 --short 20; --short 10; --student micro (less of it is embedding).
+Shapes: B batch, S sequence, V vocabulary, n shapes.
 """
-
-from pathlib import Path
 
 import torch
 
@@ -33,15 +25,14 @@ from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from files import Finished, check_ranges, read_json, write_json
 from model import PRESETS, ModelConfig
-from model.shapes import shapes_of_size
-from run import Run, add_common_flags, command_line, new_parser, run_phase
+from model.shapes import kendall_tau, shapes_of_size
+from run import Run, add_common_flags, command_line, new_parser, run_phase, val_loss
 
 RANGES = {"shapes": (2, 50), "short": (1, 10**9)}
 
 
 def compute_loss(student_logits, teacher_logits, labels, alpha: float):
-    """alpha * CE + (1 - alpha) * KL, a scalar, and its two parts: logits (B, S, V), of the teacher
-    None where alpha is 1; labels (B, S)."""
+    """The loss and its parts: logits (B, S, V), the teacher's None if alpha is 1; labels (B, S)."""
     valid = labels != -100
     ce = weighted_mean(cross_entropy(student_logits, labels), valid)
     if teacher_logits is None:
@@ -50,19 +41,8 @@ def compute_loss(student_logits, teacher_logits, labels, alpha: float):
     return alpha * ce + (1 - alpha) * kl, {"ce": ce, "kl": kl}
 
 
-def kendall_tau(first: list[float], second: list[float]) -> float:
-    """Of two lists of n scores: 1 same order, -1 opposite; a tie in either is neither."""
-    n, total = len(first), 0
-    for i in range(n):
-        for j in range(i):
-            product = (first[i] - first[j]) * (second[i] - second[j])
-            total += (product > 0) - (product < 0)
-    return total / (n * (n - 1) / 2)
-
-
 def train(args) -> dict:
-    run = Run(args)
-    data = open_data(args, args.student, args.teacher)
+    run, data = Run(args), open_data(args, args.student, args.teacher)
     teacher = run.teacher(args.teacher, data) if args.alpha < 1 else None
     student = run.student(args.student, data)
     run.optimize(student)
@@ -74,10 +54,6 @@ def train(args) -> dict:
         loss, parts = compute_loss(student_logits, teacher_logits, labels, args.alpha)
         run.step(loss, **parts)
     return run.finish()
-
-
-def held_out(folder) -> float:
-    return read_json(Path(folder) / "run.json", metrics=dict)["metrics"]["val_loss"]
 
 
 def parse_args(argv=None):
@@ -100,18 +76,17 @@ def main(args) -> dict:
     table = {name: {"layers": shapes[name][1]} for name in shapes}
     for name, row in table.items():
         short = {"student": name, "steps": args.short}
-        row["text"] = held_out(run_phase(args, f"{name}-text", train, **short, alpha=1.0))
-        row["teacher"] = held_out(run_phase(args, f"{name}-teacher", train, **short))
+        row["text"] = val_loss(run_phase(args, f"{name}-text", train, **short, alpha=1.0))
+        row["teacher"] = val_loss(run_phase(args, f"{name}-teacher", train, **short))
     chosen = min(table, key=lambda name: table[name]["teacher"])
-    for name in table:
-        if name != chosen:
-            table[name]["last"] = held_out(run_phase(args, f"{name}-last", train, student=name))
+    for name in (name for name in table if name != chosen):
+        table[name]["last"] = val_loss(run_phase(args, f"{name}-last", train, student=name))
     args.student = chosen
     try:
         train(args)
     except Finished as reason:
         print(reason)
-    table[chosen]["last"] = held_out(args.out)
+    table[chosen]["last"] = val_loss(args.out)
     columns = {key: [row[key] for row in table.values()] for key in table[chosen]}
     tau = {key: kendall_tau(columns[key], columns["last"]) for key in ("text", "teacher", "layers")}
     for name, row in table.items():

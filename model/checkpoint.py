@@ -97,6 +97,11 @@ def read_config(folder) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def number_of_layers(name: str) -> int:
+    """Of a preset, or of the checkpoint in the folder `name`."""
+    return PRESETS[name][1] if name in PRESETS else read_config(name).num_hidden_layers
+
+
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json lists."""
     index, paths = folder / "model.safetensors.index.json", [folder / "model.safetensors"]

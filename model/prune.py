@@ -15,12 +15,26 @@ Shapes: B batch, S sequence, D width, H heads, K key-value heads, d head width, 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import PRESETS, ModelConfig
 from .transformer import Transformer
+
+CUT = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def smaller_shape(large: ModelConfig, preset: str, layers: int, whole: bool) -> ModelConfig:
+    """`large` with the number of layers and the sizes of a preset; layers: instead of the preset's,
+    if not 0; whole: only layers are left out. Raises ValueError where there is no such preset."""
+    if preset not in PRESETS:
+        cure = f"use one of {', '.join(PRESETS)}"
+        raise ValueError(f"--student {preset} is no preset, whose shape is needed: {cure}")
+    small = ModelConfig.preset(preset, large.vocab_size)
+    sizes = {} if whole else {name: getattr(small, name) for name in CUT}
+    return replace(large, **sizes, num_hidden_layers=layers or small.num_hidden_layers)
 
 
 def even_layers(kept: int, layers: int) -> list[int]:

@@ -3,6 +3,7 @@
     parameters = V D + L (2 D^2 + 2 D d + 3 D I + 2 D) + D     one key-value head, a tied head
 
 V D is the embedding: the wider a small model, the less is left for its layers. I is what is free.
+How well one ranking of them foretells another: kendall_tau.
 Shapes: V vocabulary, D width, L layers, d = D / H head width, I feed-forward units.
 """
 
@@ -30,3 +31,13 @@ def shapes_of_size(count: int, like: ModelConfig) -> dict[str, tuple]:
     names = sorted(found, key=lambda name: found[name][1] / found[name][0])
     picked = [names[i * (len(names) - 1) // (count - 1)] for i in range(count)]
     return {name: found[name] for name in picked}
+
+
+def kendall_tau(first: list[float], second: list[float]) -> float:
+    """Of two lists of n scores: 1 same order, -1 opposite; a tie in either is neither."""
+    n, total = len(first), 0
+    for i in range(n):
+        for j in range(i):
+            product = (first[i] - first[j]) * (second[i] - second[j])
+            total += (product > 0) - (product < 0)
+    return total / (n * (n - 1) / 2)

@@ -4,5 +4,5 @@ from files import command_line, new_parser
 
 from .evaluation import evaluate, loss_together
 from .flags import add_common_flags
-from .phases import run_phase
+from .phases import run_phase, val_loss
 from .run import Run

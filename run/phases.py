@@ -48,6 +48,11 @@ def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
     return out
 
 
+def val_loss(folder: Path) -> float:
+    """The held-out loss of a finished run, in nats per token."""
+    return read_json(folder / "run.json", metrics=dict)["metrics"]["val_loss"]
+
+
 def share_of(args: Namespace, share: float) -> dict:
     """That share of the run's budget, in whichever unit it is."""
     budget = {name: share * x for name in ("flops", "seconds") if (x := getattr(args, name))}

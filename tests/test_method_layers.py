@@ -10,10 +10,11 @@ from torch import nn
 
 import train_distillation
 from dataset import PackedText
+from distill.hidden import layer_errors
 from methods import dynamic_layers, progressive_layers
-from methods.dynamic_layers import changes, errors_of, lag
-from methods.progressive_layers import freeze_but
+from methods.dynamic_layers import changes, lag
 from model import ModelConfig, Record, Transformer, load_model, save_model
+from model.freeze import freeze_but
 from tests.short_runs import SIX, check_resume, nearly_equal, run, weights
 
 
@@ -222,13 +223,13 @@ def test_changes_do_not_see_what_all_layers_share():
     too few would be another layer's."""
     mine, theirs, labels, (W, U) = case()
     valid, moved = labels != -100, [x + 2.0 for x in mine.hidden]
-    before = errors_of(changes(mine.hidden), changes(theirs.hidden), U, valid)
-    after = errors_of(changes(moved), changes(theirs.hidden), U, valid)
+    before = layer_errors(changes(mine.hidden), changes(theirs.hidden), U, valid)
+    after = layer_errors(changes(moved), changes(theirs.hidden), U, valid)
     torch.testing.assert_close(before, after)
-    states = (errors_of(x[1:], theirs.hidden[1:], W, valid) for x in (mine.hidden, moved))
+    states = (layer_errors(x[1:], theirs.hidden[1:], W, valid) for x in (mine.hidden, moved))
     assert not torch.allclose(*states)
     with pytest.raises(ValueError):
-        errors_of(mine.hidden, theirs.hidden[1:], W, valid)
+        layer_errors(mine.hidden, theirs.hidden[1:], W, valid)
 
 
 def test_states_that_agree_cost_nothing():

@@ -12,8 +12,10 @@ from dataset import PackedText
 from dataset.parts import PartOfText
 from files import read_json
 from methods import merge as method
-from methods.merge import compute_loss, merge, merge_weights, share_of
+from methods.merge import compute_loss
 from model import ModelConfig, Transformer, load_model
+from model.merge import merge, merge_weights
+from run.phases import share_of
 from tests.explain import check
 from tests.short_runs import SIX, check_resume, run, weights
 

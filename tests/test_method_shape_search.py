@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from files import read_json
 from methods import shape_search
-from methods.shape_search import compute_loss, kendall_tau
+from methods.shape_search import compute_loss
 from model import PRESETS, ModelConfig, Transformer, save_model
-from model.shapes import shapes_of_size
+from model.shapes import kendall_tau, shapes_of_size
 from tests.short_runs import check_resume
 
 

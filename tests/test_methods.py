@@ -25,7 +25,6 @@ from tests.test_eval import TINY
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "methods").glob("[a-z]*.py"))
-TRAINS_CHAINS = {"shape_search"}  # whose loss is that of the runs that it compares
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -33,7 +32,7 @@ def test_a_method_is_one_screen_in_the_order_of_the_lessons(path):
     text = path.read_text("utf-8")
     assert len(text.splitlines()) <= 100, "longer than one screen: which idea can go to distill/?"
     names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    order = ["compute_loss", "parse_args", "main"][path.stem in TRAINS_CHAINS :]
+    order = ["compute_loss", "parse_args", "main"]
     assert [name for name in names if name in order] == order
     doc = ast.get_docstring(ast.parse(text))
     for word in ("Charged: ", f"python -m methods.{path.stem}", "Judged on ", "Try: ", "Shapes: "):
