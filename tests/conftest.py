@@ -48,6 +48,15 @@ def small_text(seed: int, lines: int = 120) -> str:
     return "".join(" ".join(rng.choices(words, k=8)) + ".\n" for _ in range(lines))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out(request):
+    """A method's runs are evaluated on 8 windows: half of a short run's time went into that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem.startswith("test_method_"):
+            patch.setattr("run.training.EVALUATED", 8)
+        yield
+
+
 @pytest.fixture(scope="session")
 def prepared_folder(tmp_path_factory):
     """A folder made by dataset.prepare from 6 small documents, with a vocabulary of 400.

@@ -176,11 +176,6 @@ def teacher(prepared_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr("run.training.EVALUATED", 8)
-
-
 def test_both_players_stop_and_resume_to_the_same_bits(
     prepared_folder, teacher, tmp_path, monkeypatch
 ):

@@ -225,11 +225,6 @@ def teacher(prepared_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr("run.training.EVALUATED", 8)
-
-
 def test_stopped_and_resumed_to_the_same_bits(prepared_folder, teacher, tmp_path, monkeypatch):
     flags = ["--data", prepared_folder, "--teacher", teacher, "--alpha", 1]
     record = check_resume(init_from_teacher, flags, tmp_path, monkeypatch)

@@ -38,11 +38,6 @@ def teacher(prepared_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr("run.training.EVALUATED", 8)
-
-
 def freeze_blocks(student, number):
     """What is often written: the earlier blocks are frozen, and the tied embedding is forgotten."""
     for layer in student.model.layers[: number - 1]:
