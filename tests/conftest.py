@@ -52,7 +52,7 @@ def small_text(seed: int, lines: int = 120) -> str:
 def few_held_out(request):
     """A method's runs are evaluated on 8 windows: half of a short run's time went into that."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem.startswith("test_method_"):
+        if request.path.stem.startswith(("test_method_", "test_phases")):
             patch.setattr("run.training.EVALUATED", 8)
         yield
 

@@ -7,7 +7,8 @@ import torch
 import train_distillation
 from methods import attention, contrastive, hidden_states, relations
 from run import Run
-from tests.short_runs import SIX, check_resume, logged, make_teacher, nearly_equal, run
+from tests.random_teacher import make_random_teacher
+from tests.short_runs import SIX, check_resume, logged, nearly_equal, run
 
 RESUMED = {  # the part of the loss, and flags: with those below, every flag of every method
     "hidden": (hidden_states, "--layers 1:2,2:1 --metric cosine --weight 2"),
@@ -20,7 +21,7 @@ METHODS = (hidden_states, attention, relations, contrastive)
 
 @pytest.fixture(scope="module")
 def teacher(prepared_folder, tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("inside"), prepared_folder)
+    return make_random_teacher(tmp_path_factory.mktemp("inside"), prepared_folder)
 
 
 @pytest.fixture(scope="module")

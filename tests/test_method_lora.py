@@ -27,7 +27,8 @@ from model.lora import (
     save_lora,
 )
 from model.lora_transfer import copy_lora, least_squares, project_lora
-from tests.short_runs import SIX, check_resume, make_teacher, nearly_equal, run, same_bits, weights
+from tests.random_teacher import make_random_teacher
+from tests.short_runs import SIX, check_resume, nearly_equal, run, same_bits, weights
 
 IDS = torch.randint(50, (8, 24), generator=torch.Generator().manual_seed(9))
 SHAPES = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
@@ -49,7 +50,7 @@ def trained(model, rank=4, alpha=8.0, targets=ALL_LINEAR):
 
 @pytest.fixture(scope="module")
 def teacher(prepared_folder, tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("lora"), prepared_folder)
+    return make_random_teacher(tmp_path_factory.mktemp("lora"), prepared_folder)
 
 
 # The layer.
@@ -394,8 +395,8 @@ def test_a_chain_is_resumed_to_equal_bits_and_its_base_is_frozen(
 
 def test_the_word_problems_with_a_base_of_its_own(prepared_folder, teacher, tmp_path):
     """What the command does with no flag but folders: three phases, then one more without any."""
-    flags = [*SIX, "--steps", 2, "--seq_len", 256, "--data", prepared_folder / "reason_train.jsonl"]
-    flags += ["--tokenizer", prepared_folder, "--teacher", teacher, "--teacher_steps", 2]
+    flags = [*SIX, "--steps", 1, "--seq_len", 256, "--data", prepared_folder / "reason_train.jsonl"]
+    flags += ["--tokenizer", prepared_folder, "--teacher", teacher, "--teacher_steps", 1]
     record = run(lora, *flags, "--out", tmp_path)
     assert list(record["phases"]) == ["base", "teacher", "last"]
     base = read_json(tmp_path / "phases" / "base" / "run.json")

@@ -168,7 +168,7 @@ def test_resumes_to_the_same_bits(flags, tmp_path, monkeypatch):
 
 
 def test_text_alone_is_lesson_2_to_the_bit(flags, tmp_path):
-    same = [*SIX, *flags, "--steps", 1]
+    same = [*SIX, *flags, "--steps", 1, "--final_eval", 1]
     run(train_distillation, *same, "--out", tmp_path / "lesson")
     run(multi_task, *same, "--problem_share", 0, "--out", tmp_path / "text")
     assert same_bits(tmp_path / "lesson", tmp_path / "text")
