@@ -17,6 +17,7 @@ from pathlib import Path
 from files import Finished, check_free, read_json
 
 from .checkpoint import NOT_IN_RESULT
+from .flags import check_flags
 
 COSTS = ("tokens", "flops", "seconds")
 
@@ -29,6 +30,7 @@ def run_phase(args: Namespace, name: str, train: Callable, **changes) -> Path:
     if "given" not in args:  # before a phase's folder takes the place of --teacher or --student
         plain = {k: v for k, v in vars(args).items() if k not in NOT_IN_RESULT}
         args.given = json.loads(json.dumps(plain, default=str))
+    check_flags(args)
     check_free(whole, ("run.json", "resume"), args.overwrite)
     if (whole / "run.json").is_file() and not args.resume and not args.overwrite:
         cure = "pass --overwrite to replace it, or another --out"
