@@ -15,7 +15,7 @@ import pytest
 from dataset import oracle
 from eval import plots
 from eval.experiments import methods as experiment
-from eval.experiments.common import COLUMNS, read_rows
+from eval.experiments.common import COLUMNS, inputs_of, read_rows
 from eval.experiments.scales import SCALES
 from eval.gains import curve, gains, is_told_apart, sorted_arms
 from eval.methods_table import about, arms_table, methods_table, shown, write_table
@@ -192,3 +192,12 @@ def test_the_search_and_the_table_see_other_documents():
     search, table = (experiment.documents(Text, "few", search=which) for which in (True, False))
     assert (search.tolist(), table.tolist()) == ([0, 1], [3]), "window 2 is of both documents"
     assert experiment.documents(Text, "oracle", search=True).tolist() == [0]
+
+
+def test_rows_of_several_teachers_and_of_chains_say_whose_hash_is_whose():
+    def inputs(flags, hashes):
+        return inputs_of({"command": f"python x.py {flags}", "teacher_sha256": hashes})
+
+    assert inputs("--teacher a,b", "11 22") == [("--teacher a", "11"), ("--teacher b", "22")]
+    assert inputs("--teacher a", "11 22") == [("--teacher a", "11")], "22 is of a phase"
+    assert inputs("--student nano", "22") == []

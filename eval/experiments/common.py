@@ -149,7 +149,10 @@ def inputs_of(row: dict) -> list[tuple[str, str]]:
         found.append(("test problems", row["problems_sha256"]))
     for flag, column in (("--data", "data_sha256"), ("--teacher", "teacher_sha256")):
         if flag in words and row.get(column):  # earlier versions wrote no hashes
-            found.append((f"{flag} {words[words.index(flag) + 1]}", row[column]))
+            paths = words[words.index(flag) + 1].split(",")  # several teachers
+            # A chain has more hashes than it was given folders: of its own phases, which come last.
+            pairs = zip(paths, row[column].split(), strict=False)
+            found += [(f"{flag} {path}", digest) for path, digest in pairs]
     return found
 
 
