@@ -1,14 +1,15 @@
-"""The table that a reader starts from: each method, what it is, what it gained and at which cost.
+"""The table that a reader starts from: each method, what it is, what it gained, at which cost.
 
-Made from the docstrings in methods/ and results/methods/BED/results.csv, by
-python -m eval.experiments.methods; written to results/methods/README.md.
+Made from the docstrings in methods/, results/methods/BED/results.csv, and the sentences that a
+person wrote in results/methods/found.csv, by python -m eval.experiments.methods; written to
+results/methods/README.md.
 """
 
 import ast
 import re
 from pathlib import Path
 
-from eval.drawing import by_arm, rows_of
+from eval.drawing import by_arm, read_rows, rows_of
 from eval.gains import ANSWERS, gains, is_told_apart, sorted_arms
 from eval.report import mean_and_spread, table
 from files import atomic_path
@@ -25,17 +26,13 @@ def shown(differences) -> str:
 
 
 def about(path: Path) -> dict[str, str]:
-    """What a method's docstring says: its name, the first line of its equation, its papers, and
-    the line "Found: ..."; empty where it says none."""
+    """What a method's docstring says: its name, its loss or first equation, its papers."""
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    equation = next((line.strip() for line in text.split("\n") if line.startswith("    ")), "")
-    papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text))
-    found = re.search(r"^Found[^:\n]*: (.*?)(?=\n\s*\n|\n[A-Z][\w ]*:|\Z)", text, re.S | re.M)
-    return {
-        "name": text.split("\n")[0].split(": ")[0].rstrip("."), "equation": equation,
-        "papers": ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers),
-        "found": " ".join(found[1].split()) if found else "",
-    }  # fmt: skip
+    lines = [" ".join(line.split()) for line in text.split("\n") if line.startswith("    ")]
+    equation = next((line for line in lines if line.startswith("loss")), *lines[:1])
+    papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", text))
+    papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    return {"name": text.split("\n")[0].split(": ")[0], "equation": equation, "papers": papers}
 
 
 def script_of(rows: list[dict]) -> str:
@@ -44,8 +41,8 @@ def script_of(rows: list[dict]) -> str:
     return words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
 
 
-def methods_table(rows: list[dict]) -> str:
-    """A line for each file, with the best of its arms."""
+def methods_table(rows: list[dict], found: dict[str, str]) -> str:
+    """A line for each file, with the best of its arms, and the sentence that `found` has of it."""
     lines, groups = [], by_arm(rows)
     files = [ROOT / name for name in LESSONS] + sorted((ROOT / "methods").glob("[a-z]*.py"))
     order = sorted_arms(rows)
@@ -57,7 +54,13 @@ def methods_table(rows: list[dict]) -> str:
         said = about(path)
         gain, cost = gains(rows, arms[0])
         words = [said["name"], f"`{said['equation'].replace('|', chr(92) + '|')}`", said["papers"]]
-        words += [f"[{path.stem}](../../{name})", arms[0], shown(gain), shown(cost), said["found"]]
+        words += [
+            f"[{path.stem}](../../{name})",
+            arms[0],
+            shown(gain),
+            shown(cost),
+            found.get(path.stem, ""),
+        ]
         lines.append((-gain.mean(), words))
     header = ["method", "equation", "paper", "file", "best arm", "gain, equal tokens"]
     header += ["gain, equal cost", "found"]
@@ -99,12 +102,13 @@ def write_table(results: Path) -> str:
         "Seconds are of a shared machine. The losses are those of two held-out plays; knobs were "
         "chosen on a third.",
     ]
+    found = {row["method"]: row["found"] for row in read_rows(Path(results) / "found.csv")}
     for bed in ("few", "text", "words", "oracle"):
         rows = rows_of(results, bed)
         if rows:
             devices = ", ".join(sorted({row["device"] for row in rows}))
             parts += [f"## {bed}", f"On {devices}.", f"![{bed}]({bed}/plot.png)"]
-            parts += [methods_table(rows)] if bed == "few" else []
+            parts += [methods_table(rows, found)] if bed == "few" else []
             parts += [arms_table(rows)]
     path = Path(results) / "README.md"
     with atomic_path(path) as temporary:

@@ -117,7 +117,8 @@ def test_tables_and_picture(rows, tmp_path, monkeypatch):
     assert [line[0] for line in cells] == names
     assert cells[0][2:4] == ["+0.495 ± 0.007", "+0.295 ± 0.007"]
     assert cells[3][2:5] == ["-", "-", "4.050 ± 0.071"]
-    assert "good" in methods_table(rows) and "train_distillation" in methods_table(rows)
+    table = methods_table(rows, {"train_distillation": "it helps"})
+    assert "| good" in table and "[train_distillation](" in table and "it helps" in table
     (tmp_path / "few").mkdir()
     with open(tmp_path / "few" / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -39,16 +39,23 @@ def draw_methods(results: Path, figure, bed: str) -> None:
             axis.errorbar(mean, height + offset, xerr=error, color=color, marker=marker,
                           markersize=size, markerfacecolor=face, elinewidth=1.2)  # fmt: skip
     axis.axvline(0, color=GREY, linewidth=1.2)
+    if "KL" in arms:
+        lesson2 = gains(rows, "KL")[0].mean()
+        axis.axvline(lesson2, color=BLUE, linewidth=1, linestyle=":")
+        axis.annotate("lesson 2", (lesson2, len(arms) - 0.5), (3, 2), textcoords="offset points",
+                      fontsize=9, color=BLUE)  # fmt: skip
     axis.set_yticks(range(len(arms)), arms, fontsize=9)
     axis.set_ylim(len(arms) - 0.4, -1.6)
-    for number, (text, (color, *_)) in enumerate(zip(
-        ("● at equal tokens", "▲ at equal cost (hollow: within the spread)"), looks, strict=True
-    )):  # fmt: skip
+    names = ("● at equal tokens", "▲ at equal cost (hollow: within the spread, or one seed)")
+    for number, (text, (color, *_)) in enumerate(zip(names, looks, strict=True)):
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
         axis.annotate(text, (0.02 + 0.24 * number, 1), (0, -4), fontsize=9, color=color, **place)
     unit = "answers at 3 steps, points" if rows[0].get(ANSWERS) else "nats per token"
-    title = f"{counts[0]} of {len(arms)} beat the plain student at equal tokens, {counts[1]} at "
-    finish(axis, f"{title}equal cost", f"gain over the plain student ({unit})\n"
+    sure = sum(len(gains(rows, arm)[0]) > 1 for arm in arms)
+    title = f"{counts[0]} of {sure} methods beat the plain student at equal tokens, {counts[1]} at "
+    title += f"equal cost\n({len(arms) - sure} more have one seed yet)" if sure < len(arms) else (
+        "equal cost")  # fmt: skip
+    finish(axis, title, f"gain over the plain student ({unit})\n"
            f"higher is better →\n{seeds_of(rows)}", "")  # fmt: skip
 
 
