@@ -36,6 +36,14 @@ def gains(rows: list[dict], arm: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(at_tokens), np.array(at_cost)
 
 
+def beside(rows: list[dict], arm: str, other: str) -> np.ndarray:
+    """By how much an arm is better than another one, for each seed that both have."""
+    theirs = {row["seed"]: score(row) for row in rows if row["arm"] == other}
+    return np.array(
+        [score(r) - theirs[r["seed"]] for r in rows if r["arm"] == arm and r["seed"] in theirs]
+    )
+
+
 def is_told_apart(differences: np.ndarray) -> bool:
     """Whether seeds tell a gain from none: it is more than twice their standard deviation."""
     return len(differences) > 1 and abs(differences.mean()) > 2 * differences.std(ddof=1)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from eval.drawing import by_arm, read_rows, rows_of
-from eval.gains import ANSWERS, gains, is_told_apart, sorted_arms
+from eval.gains import ANSWERS, beside, gains, is_told_apart, sorted_arms
 from eval.report import mean_and_spread, table
 from files import atomic_path
 
@@ -85,8 +85,9 @@ def arms_table(rows: list[dict]) -> str:
         gain = "-" if arm == "plain" else gain
         measured = [mean_and_spread(groups[arm], *how) for how in columns]
         spent = [mean_and_spread(groups[arm], *how).split(" ±")[0] for how in costs]
-        lines.append([arm, str(len(groups[arm])), gain, cost, *measured, *spent])
-    header = ["arm", "seeds", "gain, equal tokens", "gain, equal cost", *titles]
+        kl = "-" if arm in (*plain, "KL") or "KL" not in groups else shown(beside(rows, arm, "KL"))
+        lines.append([arm, str(len(groups[arm])), gain, cost, kl, *measured, *spent])
+    header = ["arm", "seeds", "gain, equal tokens", "gain, equal cost", "gain over KL", *titles]
     return table([*header, "Mtokens", "Tflop", "seconds"], lines)
 
 

@@ -17,7 +17,7 @@ from eval import plots
 from eval.experiments import methods as experiment
 from eval.experiments.common import COLUMNS, inputs_of, read_rows
 from eval.experiments.scales import SCALES
-from eval.gains import curve, gains, is_told_apart, sorted_arms
+from eval.gains import beside, curve, gains, is_told_apart, sorted_arms
 from eval.methods_table import about, arms_table, methods_table, shown, write_table
 from eval.pictures.methods import PICTURES
 from tests.short_runs import run
@@ -102,6 +102,12 @@ def test_gains_are_those_to_the_plain_student_of_the_seed(rows):
     assert sorted_arms(rows) == ["good", "no different", "bad"]
 
 
+def test_an_arm_beside_another_is_compared_seed_by_seed(rows):
+    rows.append(row("KL", 1, 4.3, 1e12))  # the other seed was not run
+    np.testing.assert_allclose(beside(rows, "good", "KL"), [0.69])  # its 3.61 beside 4.3
+    assert "+0.690" in arms_table(rows)
+
+
 def test_a_gain_within_the_spread_is_none(rows):
     assert is_told_apart(np.array([0.5, 0.49])) and not is_told_apart(np.array([0.01, -0.13]))
     assert not is_told_apart(np.array([0.5])), "one seed shows no spread"
@@ -116,7 +122,7 @@ def test_tables_and_picture(rows, tmp_path, monkeypatch):
     names = ["good", "no different", "bad", "plain", "plain x2", "plain x4"]
     assert [line[0] for line in cells] == names
     assert cells[0][2:4] == ["+0.495 ± 0.007", "+0.295 ± 0.007"]
-    assert cells[3][2:5] == ["-", "-", "4.050 ± 0.071"]
+    assert cells[3][2:6] == ["-", "-", "-", "4.050 ± 0.071"]
     table = methods_table(rows, {"train_distillation": "it helps"})
     assert "| good" in table and "[train_distillation](" in table and "it helps" in table
     (tmp_path / "few").mkdir()
