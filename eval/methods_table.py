@@ -93,6 +93,7 @@ def arms_table(rows: list[dict]) -> str:
 
 def write_table(results: Path) -> str:
     """Write RESULTS/README.md from the CSVs of all beds that are there; returns the path."""
+    searched = any(Path(results).glob("*/search/results.csv"))
     parts = [
         "# Every method beside the others",
         "Made by `python -m eval.experiments.methods`; every CSV row holds the command of its run. "
@@ -100,8 +101,13 @@ def write_table(results: Path) -> str:
         "of the same seed, mean ± standard deviation over seeds; `none` where it is within two "
         "standard deviations. At equal cost: below the plain student that spent as many operations "
         "(teacher's passes and all phases counted, the reference teacher's own training not). "
-        "Seconds are of a shared machine. The losses are those of two held-out plays; knobs were "
-        "chosen on a third.",
+        "Seconds are of a shared machine. The losses are those of all held-out plays but the first"
+        + (
+            ", on which knobs were searched."
+            if searched
+            else "; knobs were not searched yet: "
+            "defaults were chosen in a few short runs of seed 0, on all held-out plays."
+        ),
     ]
     found = {row["method"]: row["found"] for row in read_rows(Path(results) / "found.csv")}
     for bed in ("few", "text", "words", "oracle"):
