@@ -14,6 +14,7 @@ from eval.drawing import (
     by_arm,
     by_number,
     change_of,
+    differ,
     finish,
     millions,
     points,
@@ -103,8 +104,9 @@ def draw_teachers(results: Path, figure, name: str) -> None:
     gains = (change_of(arms[0], arms[-1]) for arms in (teachers, students))
     title += " the teacher {} nats,\nits student {}".format(*gains)
     for plain in drawing.references(axis, results):
-        helps = all(verdict(student, plain).startswith("wins") for student in students)
-        title += ". Every teacher helps" if helps else ""
+        helps = [verdict(student, plain).startswith("wins") for student in students]
+        sure = [differ(student, plain) for student in students]  # one seed tells nothing
+        title += ". Every teacher helps" if all(helps) and all(sure) else ""
     finish(axis, title, f"{xlabel}\n{seeds_of(rows)}", ticks=ticks, log=10)
 
 
