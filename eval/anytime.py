@@ -12,7 +12,8 @@ On held-out text, for each threshold of confidence (the largest probability of a
              asked costs a head, so a small model with a large vocabulary saves little or nothing
 
 Threshold 0 is the first exit alone, threshold 1 the last one alone, which is the plain model. The
-table is also written as exits.csv beside the model. Shapes: L layers, N tokens.
+table is written as a CSV, too: beside a model that was trained here, or to --out.
+Shapes: L layers, N tokens.
 """
 
 import csv
@@ -23,6 +24,7 @@ import torch
 from dataset import PackedText
 from dataset.tokenizer import decode, encode, load_tokenizer
 from distill import cross_entropy
+from eval.beside import settle_out
 from files import atomic_path, check_ranges, command_line, new_parser, printable
 from model import Record, load_for
 from model.device import choose_device
@@ -66,6 +68,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="out/self_distillation", help="checkpoint folder")
     add("--data", default="out/data", help="folder made by dataset.prepare")
+    add("--out", type=Path, default=None, help="CSV of the table; default MODEL/exits.csv")
+    add("--overwrite", action="store_true", help="replace the file in --out")
     add("--seq_len", type=int, default=128, help="tokens of a window")
     add("--prompt", help="a text to continue instead, greedily")
     add("--threshold", type=float, default=0.5, help="of --prompt: the confidence to leave with")
@@ -87,8 +91,9 @@ def main(args) -> list[dict[str, float]] | tuple[str, float]:
         print(printable(args.prompt + said))
         print(f"{len(ids)} tokens, {depth:.2f} of {len(model.model.layers)} layers per token")
         return said, depth
+    settle_out(args, "exits.csv")
     rows = anytime_rows(model, text.evaluation(32, text.size))
-    with atomic_path(Path(args.model) / "exits.csv") as temporary:
+    with atomic_path(args.out) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

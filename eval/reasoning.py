@@ -21,7 +21,8 @@ from pathlib import Path
 from dataset.problems import check_response, is_answer
 from dataset.replies import MAX_NEW_TOKENS, read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer, special_id
-from files import atomic_path, check_apart, check_ranges, command_line, new_parser
+from eval.beside import settle_out
+from files import atomic_path, check_ranges, command_line, new_parser
 from model import load_model
 from model.device import choose_device, keep_freed_memory
 
@@ -97,13 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> None:
     check_ranges(args)
     keep_freed_memory()
-    folder, inside = Path(args.model), args.out is None
-    if inside and folder.is_dir() and not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} is not a model that was trained here: name a file with --out")
-    args.out = args.out or folder / "answers.jsonl"
-    check_apart(args, presets=(args.model,) if inside else (), is_folder=False)
-    if args.out.exists() and not (inside or args.overwrite):
-        raise ValueError(f"{args.out} exists: pass --overwrite to replace it, or another --out")
+    settle_out(args, "answers.jsonl")
     device, most = choose_device(args.device), args.max_new_tokens
     table = evaluate_reasoning(args.model, args.problems, args.out, device, most)
     print(

@@ -9,7 +9,7 @@ weights of its own. Shapes: B batch, S sequence, V vocabulary, D width, L layers
 import torch
 from torch import Tensor
 
-from .generate import END_OF_TEXT_ID, END_OF_TURN_ID
+from .generate import END_OF_TEXT_ID, END_OF_TURN_ID, check_room
 from .transformer import Transformer, rotary_tables
 
 
@@ -34,10 +34,9 @@ def generate_early(
 
     No cache: a token that left early has no keys in deeper layers, which a later token may look
     at. Here they are computed from the start when they are needed, so no layer is approximated."""
-    limit = model.config.max_position_embeddings
-    if not prompt or len(prompt) + max_new_tokens > limit:
-        asked = f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones"
-        raise ValueError(f"{asked} must be at least 1 and at most the model's {limit} positions")
+    if not prompt:
+        raise ValueError("the prompt is empty: it needs a token to go on from")
+    check_room(model, len(prompt), max_new_tokens)
     decoder, made, depths = model.model, [], []
     for _ in range(max_new_tokens):
         ids = torch.tensor([prompt + made], device=model.lm_head.weight.device)

@@ -214,6 +214,13 @@ def test_exits_stopped_and_resumed_and_the_anytime_decoder(
     with open(folder / "exits.csv", newline="") as file:
         written = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     assert written == rows
+    (folder / "manifest.json").unlink()  # as in a downloaded folder
+    with pytest.raises(ValueError, match="not a model that was trained here: .*--out"):
+        run(anytime, *words)
+    run(anytime, *words, "--out", tmp_path / "exits.csv")
+    assert (tmp_path / "exits.csv").read_text() == (folder / "exits.csv").read_text()
+    with pytest.raises(ValueError, match="exits.csv exists: pass --overwrite"):
+        run(anytime, *words, "--out", tmp_path / "exits.csv")
     more = ["--prompt", "the sea", "--threshold", 0, "--max_new_tokens", 5]
     said, depth = run(anytime, *words, *more)
     assert depth in (0, 1) and f"the sea{said}" in capsys.readouterr().out
