@@ -28,9 +28,9 @@ from distill import at_least_float32, kl_divergence, weighted_mean
 from run import Run, add_common_flags, command_line, new_parser
 
 
-def kept_kl(log_q, method: str, ids, log_p, rest):
-    """KL (B, S), from the student's log_q (B, S, V); a file's ids, log_p (B, S, k), rest (B, S)."""
-    log_q, log_p, rest = log_q.gather(-1, ids), log_p.to(log_q.dtype), rest.to(log_q.dtype)
+def kept_kl(log_q, method: str, log_p, rest):
+    """KL (B, S) from log_q and log_p (B, S, k) of student and file, and the file's rest (B, S)."""
+    log_p, rest = log_p.to(log_q.dtype), rest.to(log_q.dtype)
     p, p_tail = log_p.exp(), rest.exp() if method == "tail" else 0.0
     total = p.sum(-1) + p_tail  # 1, but for float16 and what topk leaves out
     p = p / total[..., None]
@@ -48,18 +48,19 @@ def kept_kl(log_q, method: str, ids, log_p, rest):
 
 def compute_loss(student_logits, labels, method: str, kept, temperature: float, alpha: float):
     """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its two parts: student_logits (B, S, V),
-    labels (B, S); kept: what `kept_kl` takes, or for "hidden" the teacher's logits (B, S, V)."""
-    valid, parts = labels != -100, {}
+    labels (B, S); kept: ids, log_p (B, S, k), rest; for "hidden" the teacher's logits (B, S, V)."""
+    valid, parts, T = labels != -100, {}, temperature
     log_probs = at_least_float32(student_logits).log_softmax(-1)
+    ids = [labels.masked_fill(~valid, 0)[..., None], *(kept[:1] if method != "hidden" else [])]
+    log_q = log_probs.gather(-1, torch.cat(ids, -1))  # once: its gradient is of (B, S, V)
     if alpha > 0:
-        chosen = log_probs.gather(-1, labels.masked_fill(~valid, 0)[..., None]).squeeze(-1)
-        parts["ce"] = weighted_mean(-chosen, valid)
+        parts["ce"] = weighted_mean(-log_q[..., 0], valid)
     if alpha < 1 and method == "hidden":
-        parts["kl"] = weighted_mean(kl_divergence(student_logits, kept[0], temperature), valid)
+        parts["kl"] = weighted_mean(kl_divergence(student_logits, kept[0], T), valid)
     elif alpha < 1:
-        log_q = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(-1)
-        parts["kl"] = weighted_mean(kept_kl(log_q, method, *kept), valid)
-    factors = {"ce": alpha, "kl": (1 - alpha) * temperature**2}
+        log_z = 0 if T == 1 else (log_probs / T).logsumexp(-1, keepdim=True)
+        parts["kl"] = weighted_mean(kept_kl(log_q[..., 1:] / T - log_z, method, *kept[1:]), valid)
+    factors = {"ce": alpha, "kl": (1 - alpha) * T**2}
     return sum(factors[name] * value for name, value in parts.items()), parts
 
 
