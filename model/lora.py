@@ -12,7 +12,6 @@ Embeddings, head and norms stay as they are: a token that the base never saw kee
 Shapes: ... batch dimensions, r rank, N tokens.
 """
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -103,11 +102,13 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def save_lora(model: nn.Module, folder, base: str) -> None:
-    """Write the adapter of `model` to `folder` as PEFT does; base: the folder of its base. One that
-    an earlier run left there goes, where `model` has none."""
+    """Write the adapter of `model` to `folder` as PEFT does; base: the folder of its base. The two
+    files that an earlier run left there go, where `model` has none."""
     layers, tensors = lora_layers(model), {}
     if not layers:
-        return shutil.rmtree(folder, ignore_errors=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            Path(folder, name).unlink(missing_ok=True)
+        return
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             tensor = getattr(layer, part).weight.detach().cpu().contiguous()

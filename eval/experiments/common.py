@@ -17,9 +17,9 @@ from pathlib import Path
 
 from dataset import prepare
 from dataset.packing import PackedText
-from files import Finished, command_line, lock, new_parser, read_json, unlock
+from files import Finished, command_line, known_hash, lock, new_parser, read_json, unlock
 from files.atomic import check_path
-from model import load_model
+from model import load_model, weights_hash
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
 
@@ -156,6 +156,24 @@ def inputs_of(row: dict) -> list[tuple[str, str]]:
     return found
 
 
+def check_still_there(path: Path, rows: list[dict]) -> None:
+    """Raise ValueError where data or teachers that rows were made from have changed since. Those
+    that are gone are not asked for: the table may be all that was kept."""
+    for name, digest in dict(found for row in rows for found in inputs_of(row)).items():
+        flag, _, place = name.partition(" ")
+        if flag == "--data" and Path(place).is_file():
+            now = known_hash(place)
+        elif flag == "--data" and (meta := Path(place, "meta.json")).is_file():
+            now = read_json(meta, train=dict)["train"].get("sha256", "")
+        elif flag == "--teacher" and Path(place, "config.json").is_file():
+            now = weights_hash(place)
+        else:
+            continue
+        if not now.startswith(digest):
+            other = f"{path} has rows made with {name} of sha256 {digest}, now it has {now[:12]}"
+            raise ValueError(f"{other}: move that file, or pass another --results")
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows; the first one settles the columns. Those whose arm and seed are there already are
     left out: another sweep, sharing the work, has written them. Raises ValueError where the rows
@@ -200,7 +218,9 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
     todo = []
     for experiment in experiments:
         path = Path(results) / experiment.name / "results.csv"
-        present = {(row["arm"], int(row["seed"])) for row in read_rows(path)}
+        rows = read_rows(path)
+        check_still_there(path, rows)
+        present = {(row["arm"], int(row["seed"])) for row in rows}
         for seed in range(experiment.seeds):
             for arm, job_of in experiment.arms:
                 if (arm, seed) not in present:

@@ -23,10 +23,10 @@ import train_pretrain
 from dataset import make_traces, prepare, teacher_cache
 from dataset.packing import PackedText
 from dataset.teacher_cache import HASH_BYTES
-from eval.experiments.common import append_rows, prepare_data
+from eval.experiments.common import Experiment, append_rows, prepare_data, run_experiments
 from eval.experiments.jobs import Job
 from eval.experiments.scales import Scale
-from files import Finished, file_hash, origin, read_json
+from files import Finished, file_hash, known_hash, origin, read_json
 from methods import cached_teacher
 from model import ModelConfig, Transformer, save_model
 from tests.conftest import small_text
@@ -350,6 +350,25 @@ def test_rows_of_one_table_are_of_one_data(world):
             append_rows(Path("x.csv"), [{**made, "seed": 2, column: "2" * 12}])
     with open("x.csv", newline="") as file:
         assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("what", ["data", "teacher"])
+def test_a_whole_table_is_compared_with_the_inputs_of_today(what, world):
+    """A sweep that finds nothing left to run would otherwise draw what other data gave."""
+    made = {"arm": "a", "seed": 0, "data_sha256": known_hash("data/train.bin")[:12]}
+    made["teacher_sha256"] = known_hash("teacher/model.safetensors")[:12]
+    made["command"] = "python train_distillation.py --teacher teacher --data data --out x"
+    append_rows(Path("results/x/results.csv"), [made])
+    whole = Experiment("x", [("a", lambda seed: JOB)], 1, dict)
+    run_experiments([whole], Path("results"))
+    if what == "data":
+        text_of_another_day()
+    else:
+        flip("teacher/model.safetensors")
+    with pytest.raises(ValueError, match=f"has rows made with --{what} {what} .* move that file"):
+        run_experiments([whole], Path("results"))
+    shutil.rmtree(what)  # the table may be all that was kept
+    run_experiments([whole], Path("results"))
 
 
 def test_a_sweep_wants_its_own_problems(world):
