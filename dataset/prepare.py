@@ -3,6 +3,7 @@
     python -m dataset.prepare                          # Shakespeare's plays and generated problems
     python -m dataset.prepare --text my_notes/         # your own .txt and .md files
     python -m dataset.prepare --jsonl pretrain.jsonl   # MiniMind's {"text": ...} lines
+    python -m dataset.prepare --text a/ --held_out b/  # you say what is held out
     python -m dataset.prepare --reason gsm8k.jsonl     # your own reasoning traces
     python -m dataset.prepare --tokenizer Qwen3-0.6B/  # for a teacher that was made elsewhere
 
@@ -21,6 +22,7 @@ import argparse
 import hashlib
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import files
@@ -47,6 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--text", type=Path, help="a .txt/.md file or a folder of them")
     add("--jsonl", type=Path, help='a jsonl of {"text": ...} lines')
     add = parser.add_argument
+    add("--held_out", type=Path, help="what --text or --jsonl holds out, in a file of its own")
     add("--reason", type=Path, help="your own traces: r1-style conversations, or GSM8K lines")
     add("--skip_bad", action="store_true", help="leave out bad lines of a jsonl, and count them")
     add("--out", type=Path, default=Path("out/data"), help="folder to write")
@@ -62,6 +65,32 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--test_problems", type=int, default=1000, help="held-out problems")
     add("--seed", type=int, default=0, help="of the generated problems")
     return parser.parse_args(argv)
+
+
+def read_documents(args) -> tuple[list, list]:
+    """What is held out by --held_out, and what --text, --jsonl or nothing name: two lists of (name,
+    text). Of equal texts the first is kept: none may be trained on and held out."""
+    if args.held_out is not None and args.val_share and args.reason is None:
+        raise ValueError("--held_out leaves --val_share nothing to hold out: pass one of them")
+    if args.held_out is not None and args.text is None and args.jsonl is None:
+        raise ValueError(f"--held_out {args.held_out} goes with --text or --jsonl: pass one too")
+    if args.text is None and args.jsonl is None:
+        parts = [], shakespeare(args.cache)
+    else:
+        read = text_files if args.text else partial(jsonl_texts, skip_bad=args.skip_bad)
+        parts = [
+            [] if path is None else read(path) for path in (args.held_out, args.text or args.jsonl)
+        ]
+    seen: set[str] = set()
+    found = [], []
+    for part, documents in zip(found, parts, strict=True):
+        for name, text in documents:
+            if text.strip() not in seen:
+                part.append((name, text))
+                seen.add(text.strip())
+    if repeated := sum(map(len, parts)) - sum(map(len, found)):
+        print(f"repeated documents left out: {repeated:,}")
+    return found
 
 
 def problem_line(problem: Problem, with_trace: bool) -> dict:
@@ -116,25 +145,21 @@ def main(args) -> None:
     files.check_ranges(args)
     files.check_apart(args)
     # 1. Text, and which documents are held out.
-    if args.text is not None:
-        documents = text_files(args.text)
-    elif args.jsonl is not None:
-        documents = jsonl_texts(args.jsonl, args.skip_bad)
-    else:
-        documents = shakespeare(args.cache)
-    first = {}  # of equal texts one is kept: none may stand in training and in held-out data
-    for name, text in documents:
-        first.setdefault(text.strip(), (name, text))
-    repeated = len(documents) - len(first)
-    documents = list(first.values())
+    held_out, documents = read_documents(args)
     val_share = args.val_share or 0.08
-    training, validation = split_documents(documents, val_share)
+    if not held_out:
+        training, validation = split_documents(documents, val_share)
+    elif not documents:
+        raise ValueError(f"all of the text stands in --held_out {args.held_out}: add other text")
+    else:
+        training, validation = ([text for _, text in x] for x in (documents, held_out))
     # 2. Reasoning problems; and is it made already?
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
     if tokenizer is not None:
         special_id(tokenizer, "<|endoftext|>")  # raises without
-    content = json.dumps([documents, reasoning]).encode("ascii")
+    content = [documents, reasoning, held_out] if held_out else [documents, reasoning]
+    content = json.dumps(content).encode("ascii")
     made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)} | {
         "val_share": val_share, "content": hashlib.sha256(content).hexdigest(),
         "tokenizer": args.tokenizer and files.tokenizer_hash(args.tokenizer),
@@ -172,8 +197,7 @@ def main(args) -> None:
     train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
     problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())
     tokens = f"{train} tokens for training, {val} held out, a vocabulary of {size:,}"
-    more = f"; repeated documents left out: {repeated:,}" if repeated else ""
-    print(f"{args.out}: {tokens}; problems: {problems}{more}")
+    print(f"{args.out}: {tokens}; problems: {problems}")
 
 
 if __name__ == "__main__":

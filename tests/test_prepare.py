@@ -183,7 +183,7 @@ def test_no_document_stands_in_both_splits(tmp_path, capsys):
     out = run_prepare(tmp_path / "out", jsonl=path, val_share=0.4)
     stored = [stored_documents(out, split) for split in ("train", "val")]
     assert all(stored) and sorted(stored[0] + stored[1]) == sorted(stories)
-    assert "; repeated documents left out: 7\n" in capsys.readouterr().out
+    assert "repeated documents left out: 7\n" in capsys.readouterr().out
 
 
 CONTROL = "<|im_start|>one<|im_end|> <|im_start|>two<|im_end|>"
