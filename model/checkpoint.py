@@ -10,11 +10,13 @@ Only safetensors are read, so loading a stranger's folder runs no code of theirs
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import files
 from files import check_file, known_hash, read_json, tokenizer_hash, write_json
@@ -114,8 +116,26 @@ def weight_files(folder: Path) -> list[Path]:
     return [check_file(path, cure) for path in paths]
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, mapped into memory: what is taken out of it is read when it is used.
+    Raises ValueError naming a file that cannot be read."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        unreadable = f"{file} is not a readable safetensors file ({error})"
+        raise ValueError(f"{unreadable}: save or download it again") from None
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is inf or nan; unlike isfinite().all(), without another copy of them."""
+    return tensor.numel() == 0 or all(limit.isfinite() for limit in tensor.aminmax())
+
+
 def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
-    """A checkpoint folder's model on `device`, its parameters in `dtype`, in evaluation mode.
+    """A checkpoint folder's model on `device`, its parameters in `dtype`, in evaluation mode. One
+    tensor at a time is read and converted, so memory holds the model and little more.
     Raises ValueError unless every parameter is there with its exact shape, and no other."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: nothing is allocated before the file is checked
@@ -124,22 +144,21 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
             add_experts(model, config)
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(Path(folder)):
-        try:
-            state |= load_file(file)
-        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            unreadable = f"{file} is not a readable safetensors file ({error})"
-            raise ValueError(f"{unreadable}: save or download it again") from None
+        with opened(file) as tensors:
+            names = list(tensors.keys())
         check_manifest(file)
-    # Older exports store rotary tables, and some a copy of the tied head.
-    state = {k: tensor for k, tensor in state.items() if not k.endswith("rotary_emb.inv_freq")}
-    for name, tensor in state.items():
-        if tensor.dtype not in FLOATS:
-            kind = f"{folder}: {name} is of {tensor.dtype}, integer or quantised"
-            raise ValueError(f"{kind}: use a checkpoint of float32, float16 or bfloat16")
-        state[name] = tensor.to(dtype)
-        if not state[name].isfinite().all():
-            broken = f"{folder}: {name} has values that are inf or nan"
-            raise ValueError(f"{broken}: the model is broken; train or download it again")
+        for name in names:
+            with opened(file) as tensors:  # anew: a mapping keeps in memory all that was read of it
+                tensor = tensors.get_tensor(name)
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # older exports store rotary tables, and some a copy of the tied head
+            if tensor.dtype not in FLOATS:
+                kind = f"{folder}: {name} is of {tensor.dtype}, integer or quantised"
+                raise ValueError(f"{kind}: use a checkpoint of float32, float16 or bfloat16")
+            state[name] = tensor.to(dtype)
+            if not is_finite(state[name]):
+                broken = f"{folder}: {name} has values that are inf or nan"
+                raise ValueError(f"{broken}: the model is broken; train or download it again")
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     try:

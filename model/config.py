@@ -1,14 +1,38 @@
 """The shape of a decoder-only Transformer: one frozen dataclass, its presets, and its config.json.
 
 The field names are Hugging Face's, so a downloaded Llama, Qwen2 or Qwen3 folder is read as it is.
-What cannot be computed faithfully (scaled rotary embeddings, sliding windows, other activations) is
-refused by name: a model that loads but computes something else is worse than one that does not.
+What cannot be computed faithfully (other rotary scalings than Llama 3's, sliding windows, other
+activations) is refused by name: a model that loads but computes something else is worse than one
+that does not.
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 LARGEST, MOST_LAYERS = 10**7, 1000  # a stranger's config.json may ask for more than memory holds
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class Llama3Scaling(NamedTuple):
+    """How Llama 3.1 and later slow their rotations down (model/transformer.py has the formula)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    @classmethod
+    def from_json(cls, rope: dict) -> "Llama3Scaling":
+        """Of config.json's rope_scaling or rope_parameters. Raises ValueError for what is none."""
+        values = [rope.get(name) for name in cls._fields]
+        for name, value in zip(cls._fields, values, strict=True):
+            if type(value) not in (int, float) or not 0 < value < LARGEST:
+                raise ValueError(f"llama3 rope_scaling: {name} = {value!r} must be above 0")
+        found = cls(*map(float, values[:3]), values[3])
+        if found.low_freq_factor >= found.high_freq_factor:
+            limits = f"{found.low_freq_factor:g} and {found.high_freq_factor:g}"
+            raise ValueError(f"llama3 rope_scaling: of the factors {limits} the low must be lower")
+        return found
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False  # of the q, k and v projections: Qwen2
     qk_norm: bool = False  # every query and key head is normalised before its rotation: Qwen3
+    rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -62,7 +87,9 @@ class ModelConfig:
         """The content of a Hugging Face config.json that computes the same model."""
         index = 2 if self.qk_norm else 1 if self.attention_bias else 0
         shape = asdict(self)
-        del shape["qk_norm"]
+        del shape["qk_norm"], shape["rope_scaling"]
+        if self.rope_scaling is not None:
+            shape["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling._asdict()}
         if index:
             del shape["attention_bias"]  # Qwen2 implies it, and Qwen3 reads it with o_proj included
         return {
@@ -86,9 +113,12 @@ class ModelConfig:
         if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
             raise ValueError(f"rope_scaling = {rope!r} is not supported: choose another checkpoint")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            other = f"{architecture} with rope_type = {rope_type!r} is not supported"
+            raise ValueError(f"{other}, only 'default' and 'llama3': choose another checkpoint")
+        scaling = Llama3Scaling.from_json(rope) if rope_type == "llama3" else None
         biased = architecture == "Qwen2ForCausalLM"
         for name, value, expected in (
-            ("rope_type", rope_type, "default"),
             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
             ("use_sliding_window", config.get("use_sliding_window", False), False),
             ("attention_bias", config.get("attention_bias", biased), biased),
@@ -110,6 +140,7 @@ class ModelConfig:
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 attention_bias=biased, qk_norm=architecture == "Qwen3ForCausalLM",
+                rope_scaling=scaling,
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"config.json has no key {error}: it is incomplete") from None

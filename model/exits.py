@@ -37,11 +37,11 @@ def generate_early(
     if not prompt:
         raise ValueError("the prompt is empty: it needs a token to go on from")
     check_room(model, len(prompt), max_new_tokens)
-    decoder, made, depths = model.model, [], []
+    decoder, c, made, depths = model.model, model.config, [], []
     for _ in range(max_new_tokens):
         ids = torch.tensor([prompt + made], device=model.lm_head.weight.device)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        rotary = rotary_tables(positions, model.config.head_dim, model.config.rope_theta)
+        rotary = rotary_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         x = decoder.embed_tokens(ids)
         depth, sure = 0, False
         while depth < len(decoder.layers) and not sure:

@@ -22,12 +22,15 @@ LAYER = {
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3: no weight, but what slows its rotations down
 IN_GGUF = {ours: theirs for theirs, ours in (TOP | LAYER).items()}
 
 
 def our_name(name: str) -> str | None:
     """The name in our state_dict of GGUF's tensor `name`; None where we have no such tensor."""
-    layer, part, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name).groups()
+    if not (parts := re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)):
+        return None
+    layer, part, kind = parts.groups()
     if layer is None:
         return f"{TOP[part]}.{kind}" if part in TOP else None
     return f"model.layers.{layer}.{LAYER[part]}.{kind}" if part in LAYER else None

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from files import check_file
 
-from .config import ModelConfig
-from .gguf_names import KINDS, our_name, rotary_order
-from .transformer import Transformer
+from .config import Llama3Scaling, ModelConfig
+from .gguf_names import KINDS, ROPE_FACTORS, our_name, rotary_order
+from .transformer import Transformer, rotary_frequencies
 
 BLOCK = 1 << 22  # numbers that are made at a time
 NO_LIBRARY = "the gguf library is not installed: pip install -r requirements-real.txt"
@@ -83,19 +83,34 @@ class GGUF:
             if (other := self.field(f".{name}", int, head_dim)) != head_dim:
                 differs = f"{self.path}: {name} = {other} is not the head width, {head_dim}"
                 raise ValueError(f"{differs}: such heads are not supported, use another model")
+        theta = decimal(self.field(".rope.freq_base", float, 10000.0))
         try:
             return ModelConfig(
                 int(self.found["token_embd.weight"].shape[-1]), D,
                 self.field(".block_count", int), H,
                 self.field(".attention.head_count_kv", int, H), head_dim,
                 self.field(".feed_forward_length", int), self.field(".context_length", int),
-                rope_theta=decimal(self.field(".rope.freq_base", float, 10000.0)),
+                rope_theta=theta, rope_scaling=self.read_scaling(head_dim, theta),
                 rms_norm_eps=decimal(self.field(".attention.layer_norm_rms_epsilon", float)),
                 tie_word_embeddings="output.weight" not in self.found,
                 attention_bias=self.kind == "qwen2", qk_norm=self.kind == "qwen3",
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+    def read_scaling(self, head_dim: int, theta: float) -> Llama3Scaling | None:
+        """Llama 3's scaling, of which a GGUF only has the factor that divides each frequency."""
+        if ROPE_FACTORS not in self.found:
+            return None
+        found = torch.from_numpy(np.array(self.found[ROPE_FACTORS].data, dtype=np.float32))
+        plain = rotary_frequencies(head_dim, theta)
+        for original in (2**k for k in range(5, 18)):  # 8,192 in those that Meta published
+            scaling = Llama3Scaling(float(found.max()), 1.0, 4.0, original)
+            factors = plain / rotary_frequencies(head_dim, theta, scaling)
+            if found.shape == factors.shape and torch.allclose(found, factors, rtol=1e-4):
+                return scaling
+        other = f"{ROPE_FACTORS} is not Llama 3's rotary scaling with low and high factors 1 and 4"
+        raise ValueError(f"{other}: such a scaling is not supported, use another model")
 
     def check_tensors(self) -> dict[str, str]:
         """GGUF's name of each of our tensors. Raises ValueError for one that is unknown, missing,
@@ -106,6 +121,8 @@ class GGUF:
             del wanted["lm_head.weight"]
         names = {}
         for name, tensor in self.found.items():
+            if name == ROPE_FACTORS:
+                continue
             ours = our_name(name)
             if ours not in wanted:
                 unknown = f"{self.path}: tensor {name} is unknown in a {self.kind}"

@@ -13,13 +13,14 @@ Shapes: B batch, S sequence, V vocabulary, D width, H heads, K key-value heads, 
 width. Module names are Hugging Face's, so a state_dict is a Llama checkpoint.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import Llama3Scaling, ModelConfig
 
 SHORT = 512  # tokens of a sequence whose scores, S x S for every head, may be in memory
 
@@ -38,9 +39,34 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: Llama3Scaling | None = None, device=None
+) -> Tensor:
+    """The angle per position of every pair i, theta^(-2i/d), as (d/2,).
+
+    scaling: since Llama 3.1 the slow pairs turn still more slowly, so that a text `factor` times
+    longer than those of the first training brings no new angle. Pairs that turn often within such a
+    text, and so tell neighbours apart, stay as they are (Grattafiori et al. 2024, 2407.21783; the
+    formula is that of Meta's code):
+
+        turns = original_max_position_embeddings * frequency / (2 pi)
+        kept  = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), within 0 to 1
+        frequency * (kept + (1 - kept) / factor)
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
+    if scaling is None:
+        return frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, scaling: Llama3Scaling | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles: positions (B, S) -> two (B, 1, S, d) in float32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, d/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -184,7 +210,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids, positions=None, cache=None, mask=None, record=None) -> Tensor:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        rotary = rotary_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         x = self.embed_tokens(input_ids)
         if record is not None:
             record.add(hidden=x)
