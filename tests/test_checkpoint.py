@@ -3,6 +3,7 @@ whole, not of this architecture or not of these sizes is refused with the key, s
 
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ModelConfig, Transformer, load_model, make_or_load, read_config, save_model
+from model.checkpoint import is_finite
+from model.config import Llama3Scaling
+from model.device import give_back_memory, peak_memory_mb, reset_peak_memory
 
 TINY = ModelConfig(
     vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -228,6 +232,65 @@ def test_a_config_of_transformers_5(folder):
     assert asdict(read_config(folder)) == asdict(replace(TINY, rope_theta=777.0))
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("theirs", [
+    {"rope_theta": 777.0, "rope_scaling": LLAMA3},  # transformers 4
+    {"rope_parameters": {"rope_theta": 777.0, **LLAMA3}},  # transformers 5
+])  # fmt: skip
+def test_llama_3_scaling_in_both_forms_and_saved_again(folder, theirs):
+    change_json(folder / "config.json", remove=["rope_theta"], **theirs)
+    model = load_model(folder)
+    assert model.config == replace(
+        TINY, rope_theta=777.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32)
+    )
+    save_model(model, folder / "again")
+    written = json.loads((folder / "again/config.json").read_text())
+    assert written["rope_theta"] == 777.0 and written["rope_scaling"] == LLAMA3
+    assert read_config(folder / "again") == model.config
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of a part of a process here")
+def test_loading_takes_the_memory_of_the_weights(tmp_path):
+    """67 MB of bfloat16 in two shards, into bfloat16 and, twice as large, into float32. A reader
+    that holds a file and its copy needs half as much again."""
+    config = replace(TINY, vocab_size=2**14, hidden_size=512, intermediate_size=2**13)
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in Transformer(config).state_dict().items()}
+    del shapes["lm_head.weight"]
+    tensors = {name: torch.full(shape, 0.1).bfloat16() for name, shape in shapes.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    first = {n: tensors.pop(n) for n in list(tensors) if "layers.1" not in n}
+    save_file(first, tmp_path / "1.safetensors")
+    save_file(tensors, tmp_path / "2.safetensors")
+    index = dict.fromkeys(first, "1.safetensors") | dict.fromkeys(tensors, "2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    del first, tensors
+    cpu = torch.device("cpu")
+    for dtype, weights in ((torch.bfloat16, size), (torch.float32, 2 * size)):
+        give_back_memory()  # what an earlier test freed would be used again, and not be seen
+        reset_peak_memory()
+        before = peak_memory_mb(cpu)
+        model = load_model(tmp_path, dtype=dtype)
+        taken = peak_memory_mb(cpu) - before
+        assert 0.9 * weights < taken < 1.1 * weights
+        del model
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_value_that_is_no_number_is_found(bad, dtype):
+    tensor = torch.arange(12, dtype=dtype).view(3, 4)
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    tensor[1, 2] = bad
+    assert not is_finite(tensor)
+
+
 # What is refused.
 
 
@@ -289,7 +352,9 @@ def test_a_pickle_is_not_read(folder):
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "none"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "llama3 rope_scaling: factor = '8'"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "4 and 4 the low must be lower"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_scaling": "linear"}, "linear"),
         ({"hidden_act": "gelu"}, "gelu"),

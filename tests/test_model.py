@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model import PRESETS, ModelConfig, Record, Transformer, save_model, transformer
+from model.config import Llama3Scaling
 from model.transformer import (
     Attention,
     RMSNorm,
@@ -18,6 +19,7 @@ from model.transformer import (
     apply_rotary,
     attend,
     attention_by_formula,
+    rotary_frequencies,
     rotary_tables,
 )
 
@@ -188,6 +190,40 @@ def test_rotary_is_a_complex_rotation_of_pairs(theta):
         for b in range(2)
     ]
     assert_close(got, expected, 2e-4)  # the angle 1000 itself is rounded in float32
+
+
+def test_the_scaled_rotation_of_llama_3():
+    """Three ranges, worked out as Meta's code branches on wavelengths, in float64: pairs that turn
+    more than 4 times within 8,192 positions stay, those that turn less than once are 8 times
+    slower."""
+    scaling = Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    expected, ranges = [], set()
+    for i in range(32):
+        frequency = 500000.0 ** (-2 * i / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            ranges.add("kept")
+        elif wavelength > 8192 / 1:
+            ranges.add("slowed")
+            frequency = frequency / 8
+        else:
+            ranges.add("between")
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+        expected.append(frequency)
+    assert ranges == {"kept", "slowed", "between"}
+    assert_close(rotary_frequencies(64, 500000.0, scaling), expected, 1e-7)
+    cos, sin = rotary_tables(torch.tensor([[3]]), 64, 500000.0, scaling)
+    assert_close(cos[0, 0, 0, :32], [math.cos(3 * x) for x in expected], 1e-6)
+    assert_close(sin[0, 0, 0, 32:], [math.sin(3 * x) for x in expected], 1e-6)
+
+
+def test_the_model_uses_its_scaling():
+    scaled = replace(TINY, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16))
+    models = [random_model(config).eval() for config in (TINY, scaled)]
+    plain, turned = (model(torch.tensor(IDS)) for model in models)
+    assert torch.equal(plain[:, 0], turned[:, 0])  # position 0 is not turned
+    assert (plain[:, 1:] - turned[:, 1:]).abs().max() > 1e-3
 
 
 def test_rotary_scores_depend_on_the_distance_only():
