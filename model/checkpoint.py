@@ -133,9 +133,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or all(limit.isfinite() for limit in tensor.aminmax())
 
 
-def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
-    """A checkpoint folder's model on `device`, its parameters in `dtype`, in evaluation mode. One
-    tensor at a time is read and converted, so memory holds the model and little more.
+def load_model(folder, device="cpu", dtype: torch.dtype | None = torch.float32) -> Transformer:
+    """A checkpoint folder's model on `device`, its parameters in `dtype` (None: as they are
+    stored), in evaluation mode. One tensor at a time is read and converted, so memory holds the
+    model and little more.
     Raises ValueError unless every parameter is there with its exact shape, and no other."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: nothing is allocated before the file is checked
@@ -155,7 +156,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> Transformer:
             if tensor.dtype not in FLOATS:
                 kind = f"{folder}: {name} is of {tensor.dtype}, integer or quantised"
                 raise ValueError(f"{kind}: use a checkpoint of float32, float16 or bfloat16")
-            state[name] = tensor.to(dtype)
+            state[name] = tensor.to(dtype or tensor.dtype)
             if not is_finite(state[name]):
                 broken = f"{folder}: {name} has values that are inf or nan"
                 raise ValueError(f"{broken}: the model is broken; train or download it again")

@@ -29,16 +29,21 @@ REFUSED = {
 }  # fmt: skip
 
 
+def gguf_library():
+    """The module gguf. Raises ValueError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(NO_LIBRARY) from None
+    return gguf
+
+
 class GGUF:
     """A GGUF file that holds a model of ours: `config`, `fields` and `tensors`. Raises ValueError
     naming what is wrong with the file, or what of it is not supported."""
 
     def __init__(self, path):
-        try:
-            import gguf
-        except ImportError:
-            raise ValueError(NO_LIBRARY) from None
-        self.path, self.library = Path(path), gguf
+        self.path, self.library = Path(path), (gguf := gguf_library())
         with open(check_file(path, "pass a GGUF file"), "rb") as file:
             if (magic := file.read(4)) != b"GGUF":
                 other = f"{path} is not a GGUF file (it begins with {magic!r})"

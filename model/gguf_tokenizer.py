@@ -1,18 +1,23 @@
-"""The tokenizer inside a GGUF file, as a Hugging Face tokenizer.json and tokenizer_config.json.
+"""The tokenizer inside a GGUF file: from it, and to it, of Hugging Face's tokenizer.json.
 
 GGUF lists tokens, what kind each is, and merges, but only names how a text is first cut into words
 ("pre": smollm, qwen2, ...). The cuts of those names are llama.cpp's (src/llama-vocab.cpp); a name
 that is not known here is refused, as a wrong cut gives wrong ids that nobody would notice.
 """
 
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from files import atomic_path, write_json
+from files import atomic_path, check_file, read_json, write_json
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of tokens; 1 is a normal one
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+CONTROL_IDS = {
+    f"{ours}_token_id": f"tokenizer.ggml.{theirs}_token_id"
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+}
 # (?i:...) as llama.cpp and Hugging Face write it for Llama 3 and Qwen.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,48 +29,47 @@ def words(digits: str) -> PreTokenizer:
     return Sequence([Split(pattern, "isolated"), ByteLevel(False, use_regex=False)])
 
 
-def pre_tokenizer(name: str) -> PreTokenizer | None:
-    """How the texts of a GGUF whose tokenizer.ggml.pre is `name` are cut; None: unknown."""
-    if name in ("smollm", "starcoder", "refact", "codeshell"):  # every digit alone, then GPT-2's
-        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    if name in ("gpt-2", "olmo"):
-        return ByteLevel(add_prefix_space=False)
-    if name in ("llama-bpe", "llama3", "llama-v3"):
-        return words(r"\p{N}{1,3}")
-    if name in ("qwen2", "deepseek-r1-qwen"):
-        return words(r"\p{N}")
-    return None
+# Every digit alone, then the words of GPT-2: ours too.
+SMOLLM = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+LLAMA3, QWEN = words(r"\p{N}{1,3}"), words(r"\p{N}")
+CUTS = {
+    "smollm": SMOLLM, "starcoder": SMOLLM, "refact": SMOLLM, "codeshell": SMOLLM,
+    "gpt-2": ByteLevel(add_prefix_space=False), "llama-bpe": LLAMA3, "qwen2": QWEN,
+    "deepseek-r1-qwen": QWEN,
+}  # fmt: skip
 
 
 def read_tokenizer(gguf) -> Tokenizer:
     """The tokenizer of a model.gguf_read.GGUF. Raises ValueError for one of another kind."""
     kind = gguf.field("tokenizer.ggml.model", str)
     name = gguf.field("tokenizer.ggml.pre", str, "") if kind == "gpt2" else kind
-    if (cut := pre_tokenizer(name)) is None:
+    if (cut := CUTS.get(name)) is None:
         unknown = f"{gguf.path}: its tokenizer is of kind '{name or 'unnamed'}'"
-        cure = "use a model whose tokenizer.ggml.pre is smollm, gpt-2, llama-bpe or qwen2"
+        cure = f"use a model whose tokenizer.ggml.pre is {', '.join(CUTS)}"
         raise ValueError(f"{unknown}, which is not supported: {cure}")
     tokens = list(gguf.field("tokenizer.ggml.tokens", list))
-    kinds = gguf.field("tokenizer.ggml.token_type", list, [1] * len(tokens))
+    kinds = gguf.field("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise ValueError(f"{gguf.path}: {len(kinds)} kinds for {len(tokens)} tokens: use another")
     while tokens and kinds[len(tokens) - 1] == UNUSED:  # rows of the embedding without a token
         tokens.pop()
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens) or len(tokens) > gguf.config.vocab_size:
         size = f"{len(tokens)} tokens, {len(vocabulary)} different ones"
         raise ValueError(f"{gguf.path}: {size}, for {gguf.config.vocab_size} rows: use another")
-    merges = [tuple(pair.split(" ", 1)) for pair in gguf.field("tokenizer.ggml.merges", list)]
-    is_llama3 = name in ("llama-bpe", "llama3", "llama-v3")
+    merges = [tuple(pair.split(" ", 1)) for pair in gguf.field("tokenizer.ggml.merges", list, [])]
+    is_llama3 = cut is LLAMA3
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
     except Exception as error:  # a bare Exception is what the library raises
         raise ValueError(f"{gguf.path}: its merges do not fit its tokens ({error})") from None
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
-    if name in ("qwen2", "deepseek-r1-qwen"):
+    if cut is QWEN:
         tokenizer.normalizer = normalizers.NFC()
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            added = AddedToken(token, special=kind == CONTROL, normalized=False)
-            tokenizer.add_tokens([added])
+    tokenizer.add_tokens([
+        AddedToken(token, special=kind == CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)
+    ])  # fmt: skip
     if gguf.field("tokenizer.ggml.add_bos_token", bool, is_llama3):
         index = gguf.field("tokenizer.ggml.bos_token_id", int)
         begin = (tokens[index], index)
@@ -76,13 +80,11 @@ def read_tokenizer(gguf) -> Tokenizer:
 
 
 def control_ids(gguf) -> dict[str, int | list[int]]:
-    """bos_token_id, eos_token_id, pad_token_id: those that the file names. A model that ends a turn
-    with another token than a text has a list of ends."""
-    ids = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        name = f"tokenizer.ggml.{theirs}_token_id"
-        if name in gguf.fields:
-            ids[f"{ours}_token_id"] = gguf.field(name, int)
+    """bos_token_id, eos_token_id and pad_token_id, where the file names them. A model that ends a
+    turn with another token than a text has a list of ends. Raises ValueError for an impossible id.
+    """
+    named = {ours: theirs for ours, theirs in CONTROL_IDS.items() if theirs in gguf.fields}
+    ids = {ours: gguf.field(theirs, int) for ours, theirs in named.items()}
     names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     ends = list(dict.fromkeys(gguf.field(name, int) for name in names if name in gguf.fields))
     for index in [*ids.values(), *ends]:
@@ -103,3 +105,56 @@ def write_tokenizer(gguf, folder: Path) -> None:
         config["chat_template"] = gguf.field("tokenizer.chat_template", str)
     config["clean_up_tokenization_spaces"] = False
     write_json(folder / "tokenizer_config.json", config)
+
+
+def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
+    """What a GGUF says of the tokenizer in a checkpoint folder: settings' names -> values. Raises
+    ValueError for one that llama.cpp has no name for."""
+    about = read_json(check_file(folder / "tokenizer.json"))
+    model, cut = about.get("model", {}), about.get("pre_tokenizer")
+    names = [name for name, known in CUTS.items() if without_offsets(known) == without_offsets(cut)]
+    allowed = (None, {"type": "NFC"}) if names[:1] == ["qwen2"] else (None,)
+    fits = model.get("type") == "BPE" and about.get("normalizer") in allowed and bool(names)
+    if not fits or model.get("ignore_merges", False) != (names == ["llama-bpe"]):
+        cure = f"only byte-level BPE with the words of {', '.join(CUTS)} has a name there"
+        raise ValueError(f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure}")
+    kinds, tokens = {}, dict(model["vocab"])
+    for token in about["added_tokens"]:
+        tokens[token["content"]] = token["id"]
+        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    by_id = {index: token for token, index in tokens.items()}
+    if max(by_id, default=0) >= vocab_size:
+        raise ValueError(f"'{folder}': a token has the id {max(by_id)}, of {vocab_size} rows")
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    rows = range(vocab_size)
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": [by_id.get(row, f"[PAD{row}]") for row in rows],
+        "tokenizer.ggml.token_type": [
+            kinds.get(row, NORMAL) if row in by_id else UNUSED for row in rows
+        ],
+        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.add_bos_token": bool(Tokenizer.from_str(json.dumps(about)).encode("").ids),
+    }
+    config, ids = folder / "tokenizer_config.json", read_json(folder / "config.json")
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if (file := folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
+        template = file.read_text("utf-8")
+    if isinstance(template, str):
+        fields["tokenizer.chat_template"] = template
+    for ours, theirs in CONTROL_IDS.items():
+        value = ids.get(ours)
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and 0 <= value < vocab_size:
+            fields[theirs] = value
+    return fields
+
+
+def without_offsets(cut: PreTokenizer | dict | None) -> object:
+    """A pre-tokenizer as JSON, without what only matters for where in a text a token stands."""
+    if isinstance(cut, PreTokenizer):
+        cut = json.loads(cut.__getstate__())
+    if isinstance(cut, dict):
+        return {k: without_offsets(v) for k, v in cut.items() if k != "trim_offsets"}
+    return [without_offsets(part) for part in cut] if isinstance(cut, list) else cut

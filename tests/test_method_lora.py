@@ -13,7 +13,7 @@ from distill import cross_entropy
 from files import file_hash, read_json
 from methods import lora
 from methods.lora import compute_loss
-from model import ModelConfig, Transformer, load_model, save_model
+from model import ModelConfig, Transformer, load_model
 from model.lora import (
     ALL_LINEAR,
     ATTENTION,
@@ -238,19 +238,6 @@ def test_an_adapter_that_is_something_else_is_refused(change, message, tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError):
         load_lora(small_model(), tmp_path)
-
-
-def test_peft_opens_it(tmp_path):
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    save_model(small_model(), tmp_path / "base")
-    model = trained(small_model(), rank=4, alpha=24.0)
-    save_lora(model, tmp_path / "adapter", str(tmp_path / "base"))
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    torch.testing.assert_close(opened(IDS).logits, model(IDS), rtol=0, atol=1e-4)
-    merged = opened.merge_and_unload()
-    torch.testing.assert_close(merged(IDS).logits, merge_lora(model)(IDS), rtol=0, atol=1e-4)
 
 
 # An adapter for another model.

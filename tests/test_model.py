@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, ModelConfig, Record, Transformer, save_model, transformer
+from model import PRESETS, ModelConfig, Record, Transformer, transformer
 from model.config import Llama3Scaling
 from model.transformer import (
     Attention,
@@ -558,26 +558,6 @@ def test_sizes_that_cannot_work_are_refused(change, named):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="no model preset or checkpoint folder 'huge'.*nano"):
         ModelConfig.preset("huge", 2048)
-
-
-# The reference that people use.
-
-
-@pytest.mark.parametrize("name", ["llama", "untied", "qwen2", "qwen3"])
-def test_transformers_reads_our_folder_and_agrees(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = random_model(VARIANTS[name]).eval()
-    save_model(model, tmp_path)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    expected = {"llama": "Llama", "untied": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
-    assert type(theirs).__name__ == f"{expected}ForCausalLM"
-    with torch.no_grad():
-        torch.testing.assert_close(
-            theirs.eval()(torch.tensor(IDS)).logits, model(torch.tensor(IDS)), rtol=1e-4, atol=1e-4
-        )
 
 
 def test_attention_learns_in_float32_under_bfloat16():
