@@ -47,7 +47,7 @@ SOURCE = "source.json"
 def parse_args(argv=None) -> argparse.Namespace:
     parser = files.new_parser(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--teacher", choices=tuple(TEACHERS), default="smollm2", help="which one to fetch")
+    add("--teacher", choices=tuple(TEACHERS), default="smollm2", help="a teacher to fetch")
     add("--gguf", type=Path, help="a GGUF file of your own to convert instead")
     add = parser.add_argument
     add("--out", type=Path, help="folder to write; default out/ and the name of the teacher")

@@ -234,7 +234,8 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.initialize()
+        if not self.lm_head.weight.is_meta:  # there are only shapes, for load_model
+            self.initialize()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
