@@ -39,7 +39,7 @@ from torch import Tensor
 
 from dataset import add_data_flags, open_data
 from distill import at_least_float32, fused_loss, kl_divergence, reasoning_weights, use_fused
-from run import Run, add_common_flags, command_line, new_parser
+from run import Run, add_common_flags, add_teacher_dtype, command_line, new_parser
 
 
 def compute_loss(
@@ -71,12 +71,13 @@ def compute_loss(
 
 def parse_args(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--student", default="out/student", help="checkpoint folder, or preset")
+    parser.add_argument("--student", default="out/student", help="folder, preset or layers:N")
     parser.add_argument("--tag_weight", type=float, default=1.0, help="of the four tags")
     parser.add_argument("--think_weight", type=float, default=1.0, help="inside <think>")
     parser.add_argument("--answer_weight", type=float, default=1.0, help="inside <answer>")
     parser.add_argument("--answers_only", action="store_true", help="drop the <think> spans")
     parser.add_argument("--teacher", default=None, help="checkpoint folder; adds the KL")
+    add_teacher_dtype(parser)
     parser.add_argument("--alpha", type=float, default=0.5, help="with --teacher: 0: KL; 1: CE")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --teacher: T")
     add_data_flags(parser, data="out/data/reason_train.jsonl")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model import PRESETS
+from model import PRESETS, layers_named
 
 from .chat import ChatData
 from .packing import PackedText
@@ -24,6 +24,7 @@ def open_data(args, *models: str | None) -> PackedText | ChatData:
         return PackedText(args.data, "train", args.seq_len, args.data_share)
     if args.data_share != 1.0:
         raise ValueError("--data_share is of a prepared folder: leave it out for a jsonl")
+    models = [args.teacher if layers_named(x) and "teacher" in args else x for x in models]
     folders = [name for name in models if name and name not in PRESETS and Path(name).is_dir()]
     data = ChatData(
         args.data, (folders or [args.tokenizer])[0], "train", args.seq_len,

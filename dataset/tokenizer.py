@@ -87,15 +87,14 @@ def load_tokenizer(folder) -> Tokenizer:
 
 
 def vocabulary_of(folder, tokenizer: Tokenizer) -> int:
-    """How many tokens a model of the folder has a row for, as config.json or meta.json says: some
-    have more than there are (Qwen's 151,936 for 151,669). Raises ValueError for less."""
+    """How many tokens there are. The folder's model may have more rows, as config.json or meta.json
+    says (Qwen's 151,936 for 151,669): a run leaves those out. Raises ValueError for fewer."""
     size = tokenizer.get_vocab_size()
     for path in (Path(folder, "config.json"), Path(folder, "meta.json")):
         rows = read_json(path, vocab_size=int)["vocab_size"] if path.is_file() else size
         if size > rows:
             other = f"the tokenizer of '{folder}' has {size} tokens, its model {rows}"
             raise ValueError(f"{other}: copy in the one that the model was trained with")
-        size = rows
     return size
 
 

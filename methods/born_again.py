@@ -29,7 +29,7 @@ import torch
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
-from model import load_model
+from model import layers_named, load_model
 from run import Run, add_common_flags, command_line, loss_together, new_parser, run_phase
 
 RANGES = {"generations": (1, 100)}
@@ -80,6 +80,9 @@ def train(args, earlier: tuple[Path, ...] = ()) -> dict:
 
 def main(args) -> dict:
     check_ranges(args, **RANGES)
+    if layers_named(args.student):
+        cure = "pass a preset, or make a folder with train_distillation.py --student layers:N"
+        raise ValueError(f"--student {args.student} would copy the generation before it: {cure}")
     folders = []
     for number in range(args.generations):
         seed = args.seed + 1000 * (args.generations - number)  # the last one's is --seed

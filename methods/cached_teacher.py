@@ -90,7 +90,7 @@ def main(args) -> dict:
         with run.precision():
             student_logits = student(input_ids)  # (B, S, V)
             if method == "hidden":
-                kept = [teacher.lm_head(kept[0].to(teacher.lm_head.weight.dtype))]
+                kept = [teacher.lm_head(kept[0].float())]
         loss, parts = compute_loss(student_logits, labels, method, kept, T, alpha)
         run.step(loss, **parts)
     return run.finish()

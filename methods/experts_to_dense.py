@@ -76,8 +76,8 @@ def parse_args(argv=None):
 
 def main(args) -> dict:
     check_ranges(args, **RANGES)
-    if args.fsdp:
-        raise ValueError("--fsdp shards a model before it gets experts: leave --fsdp out")
+    if args.fsdp or args.teacher_dtype != "float32" or args.student.startswith("layers:"):
+        raise ValueError("experts become dense whole: leave --fsdp, --teacher_dtype, layers:N out")
     length = {"steps": args.teacher_steps, "flops": None, "seconds": None, "data_share": 1.0}
     folder = args.teacher or run_phase(args, "teacher", train_teacher, **length)
     run, data = Run(args), open_data(args, args.student, folder)

@@ -26,7 +26,7 @@ import copy
 from dataset import add_data_flags, open_data
 from distill import cross_entropy, kl_divergence, weighted_mean
 from files import check_ranges
-from model import PRESETS
+from model import PRESETS, layers_named
 from model.lora import add_lora, load_adapted, merged_weights, save_lora
 from model.lora_transfer import TRANSPLANTS
 from run import Run, add_common_flags, command_line, new_parser, run_phase
@@ -86,7 +86,7 @@ def main(args) -> dict:
     check_ranges(args, **RANGES)
     if args.fsdp and args.rank:
         raise ValueError("--fsdp cuts the matrices that adapters are merged into: leave it out")
-    if args.student in PRESETS:  # its base reads the field's text, or what the tokenizer lies with
+    if args.student in PRESETS or layers_named(args.student):  # a base on the text of the field
         text = args.tokenizer if str(args.data).endswith(".jsonl") else args.data
         args.student = str(run_phase(args, "base", train, data=text, rank=0, alpha=1.0))
     if steps := args.teacher_steps:

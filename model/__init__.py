@@ -12,4 +12,6 @@ from .checkpoint import (
 from .config import PRESETS, ModelConfig
 from .experts import ExpertsConfig, add_experts
 from .generate import generate, stream
+from .prune import layers_named
+from .stored import store_weights, stored_bytes
 from .transformer import Record, Transformer

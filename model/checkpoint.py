@@ -23,7 +23,9 @@ from files import check_file, known_hash, read_json, tokenizer_hash, write_json
 
 from .config import PRESETS, ModelConfig
 from .experts import MIXTRAL, ExpertsConfig, add_experts
+from .prune import layers_named, take_layers
 from .transformer import Transformer
+from .vocabulary import rows_for, select_rows
 
 MANIFEST = "manifest.json"
 CONTROL = ("endoftext", "im_start", "im_end")
@@ -100,7 +102,9 @@ def read_config(folder) -> ModelConfig:
 
 
 def number_of_layers(name: str) -> int:
-    """Of a preset, or of the checkpoint in the folder `name`."""
+    """Of a preset, of a student "layers:N", or of the checkpoint in the folder `name`."""
+    if (few := layers_named(name)) is not None:
+        return few
     return PRESETS[name][1] if name in PRESETS else read_config(name).num_hidden_layers
 
 
@@ -174,24 +178,28 @@ def load_model(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
 
 
 def load_for(folder, data, device="cpu") -> Transformer:
-    """`load_model`; raises ValueError where `data` was read with another tokenizer."""
-    model = load_model(folder, device)
-    if data.vocab_size > (size := model.config.vocab_size):
-        few = f"{folder} has vocabulary {size}, the data {data.vocab_size}"
-        raise ValueError(f"{few}: both must use one tokenizer; re-train on this data")
-    if tokenizer_hash(folder) != data.tokenizer_sha256:
+    """`load_model`, with a row for each token of `data`'s tokenizer and no other
+    (model/vocabulary.py). Raises ValueError where the model does not know the data's tokens."""
+    model, rows = load_model(folder), rows_for(folder, data)
+    if rows is None:
         own = f"the tokenizer of {folder} (vocabulary {model.config.vocab_size})"
         other = f"the one of {data.tokenizer_folder} (vocabulary {data.vocab_size})"
         cure = f"run python -m dataset.prepare --tokenizer {folder} --out NEW, then pass --data NEW"
         if data.padded:  # conversations: read with the tokenizer of the first folder
             cure = f"start the student from a preset, with --tokenizer {folder}"
         raise ValueError(f"{own} is not {other}: both must use one tokenizer; {cure}")
-    return model
+    if max(rows) >= (size := model.config.vocab_size):
+        few = f"{folder} has vocabulary {size}, the data {data.vocab_size}"
+        raise ValueError(f"{few}: both must use one tokenizer; re-train on this data")
+    return select_rows(model, rows).to(device)
 
 
-def make_or_load(name: str, vocab_size: int, data=None) -> Transformer:
-    """A new model of preset `name`, or the folder `name`'s; raises ValueError if its vocabulary
-    is not vocab_size, or its tokenizer not that of `data`."""
+def make_or_load(name: str, vocab_size: int, data=None, teacher=None) -> Transformer:
+    """A new model of preset `name`, the folder `name`'s, or of "layers:N" that many layers of the
+    folder `teacher`'s; raises ValueError if its vocabulary is not vocab_size, or its tokenizer not
+    that of `data`."""
+    if (few := layers_named(name)) is not None:
+        return take_layers(load_for(teacher, data), few)
     if name in PRESETS or not Path(name).exists():
         return Transformer(ModelConfig.preset(name, vocab_size))
     model = load_model(name) if data is None else load_for(name, data)

@@ -10,6 +10,7 @@ Heads and feed-forward units are a layer's own: each layer keeps others. A unit 
 up and a column of down; a query head d rows of q and d columns of o; a key-value head d rows of k
 and of v, and it takes only query heads along that looked at it (grouped queries).
 
+Layers alone may be left out too (`take_layers`): DistilBERT's start (1910.01108), "layers:N" here.
 Ranking after Minitron (Muralidharan et al. 2024, 2407.14679): by the mean size of activations.
 Shapes: B batch, S sequence, D width, H heads, K key-value heads, d head width, L layers, I units.
 """
@@ -18,17 +19,21 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .config import PRESETS, ModelConfig
+from .config import MOST_LAYERS, PRESETS, ModelConfig
 from .transformer import Transformer
 
+LAYERS = "layers:"
 CUT = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def smaller_shape(large: ModelConfig, preset: str, layers: int, whole: bool) -> ModelConfig:
     """`large` with the number of layers and the sizes of a preset; layers: instead of the preset's,
-    if not 0; whole: only layers are left out. Raises ValueError where there is no such preset."""
+    if not 0; whole: only layers are left out, as where `preset` is "layers:N". Raises ValueError
+    where there is no such preset."""
+    if (few := layers_named(preset)) is not None:
+        return replace(large, num_hidden_layers=few)
     if preset not in PRESETS:
         cure = f"use one of {', '.join(PRESETS)}"
         raise ValueError(f"--student {preset} is no preset, whose shape is needed: {cure}")
@@ -42,6 +47,25 @@ def even_layers(kept: int, layers: int) -> list[int]:
     if not 1 <= kept <= layers:
         raise ValueError(f"{kept} layers cannot be copied from {layers}: use 1 to {layers}")
     return [round(i * (layers - 1) / max(1, kept - 1)) for i in range(kept)]
+
+
+def layers_named(name) -> int | None:
+    """N of a student called "layers:N", else None. Raises ValueError where N is no number."""
+    if not str(name).startswith(LAYERS):
+        return None
+    number = str(name).removeprefix(LAYERS)
+    if not number.isascii() or not number.isdigit() or not 1 <= int(number[:9]) <= MOST_LAYERS:
+        raise ValueError(f"--student {name}: write layers:N, N from 1 to the teacher's number")
+    return int(number)
+
+
+def take_layers(model: Transformer, count: int) -> Transformer:
+    """`model` with `count` of its layers, evenly spaced, and all else; changed in place."""
+    layers = model.model.layers
+    kept = even_layers(count, len(layers))
+    model.model.layers = nn.ModuleList(layers[number] for number in kept)
+    model.config = model.model.config = replace(model.config, num_hidden_layers=count)
+    return model
 
 
 @torch.no_grad()

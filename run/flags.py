@@ -7,6 +7,8 @@ from pathlib import Path
 
 from files import check_ranges, read_json
 from model.config import PRESETS
+from model.prune import layers_named
+from model.stored import DTYPES
 
 from . import parallel
 
@@ -25,7 +27,9 @@ def add_common_flags(
     if pair:
         add = parser.add_argument_group("models").add_argument
         add("--teacher", default="out/teacher", help="checkpoint folder")
-        add("--student", default="nano", help="preset (nano, micro, ...) or checkpoint folder")
+        what = "preset (nano, ...), checkpoint folder, or layers:N, that many of the teacher's"
+        add("--student", default="nano", help=what)
+        add_teacher_dtype(parser)
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--out", type=Path, default=Path(out), help="folder that the run writes")
@@ -67,12 +71,21 @@ def add_common_flags(
     parser.set_defaults(**defaults)
 
 
+def add_teacher_dtype(parser: ArgumentParser) -> None:
+    """Add --teacher_dtype, for a command that has --teacher."""
+    kept = "how its weights are kept: bfloat16 takes half the memory, int8 about a quarter"
+    parser.add_argument("--teacher_dtype", choices=tuple(DTYPES), default="float32", help=kept)
+
+
 def choose_optimizer(args, student: str | None, width: int) -> None:
     """Settle --optimizer and --learning_rate where nobody typed them. A folder's weights are to
     keep what they know: AdamW at FINE_TUNING, or where a run here made them at a rate that goes
-    with 1 / width (Yang et al. 2022, 2203.03466), but not above the one that they were made at."""
+    with 1 / width (Yang et al. 2022, 2203.03466), but not above the one that they were made at.
+    The latter rate is also that of "layers:N", whose layers have to learn to do without others."""
     is_new, rate = student is None or student in PRESETS, args.learning_rate
-    if not is_new and isinstance(rate, DefaultRate):
+    if isinstance(rate, DefaultRate) and layers_named(student) is not None:
+        rate = float(f"{TIMES_WIDTH / width:.2g}")
+    elif not is_new and isinstance(rate, DefaultRate):
         rate, record = FINE_TUNING, Path(student.removesuffix("/best"), "run.json")
         with suppress(OSError, ValueError):  # none, or none of ours
             before = read_json(record, args=dict)["args"].get("learning_rate")
@@ -98,3 +111,5 @@ def check_flags(args) -> None:
     if args.fsdp and processes == 1:
         start = "start two or more with torchrun --nproc_per_node=2 and the rest of this command"
         raise ValueError(f"--fsdp shards the models over several processes: {start}")
+    if args.fsdp and (dtype := getattr(args, "teacher_dtype", "float32")) != "float32":
+        raise ValueError(f"--fsdp shards weights of float32: leave --teacher_dtype {dtype} out")

@@ -2,7 +2,7 @@
 
     run = Run(args)                        flags are checked, device, precision and seed settled
     teacher = run.teacher(folder, data)    a frozen model that reads the data's tokens
-    student = run.student(name, data)      a new model, or a checkpoint to go on from
+    student = run.student(name, data)      new, a checkpoint, or some layers of the teacher
     run.optimize(student, *more)           what learns, and what else is kept with it
     for batch in run.batches(data):        micro-batches; between steps evaluation, log, saved state
         with run.precision(): ...          the forward pass
@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from files import check_apart, git_state, hashes
-from model import PRESETS, load_for, make_or_load, weights_hash
+from model import (
+    PRESETS,
+    layers_named,
+    load_for,
+    make_or_load,
+    store_weights,
+    stored_bytes,
+    weights_hash,
+)  # fmt: skip
 from model import device as machine
 from model.checkpoint import checkpoint_files
 
@@ -52,25 +60,36 @@ class Run:
         args.dtype = machine.choose_precision(args.dtype, self.device)
         self.training = Training(args, self.device)
         self.teachers: list[nn.Module] = []
+        self.teacher_folders: list = []
         self.sources: dict[str, str | list[str]] = {}  # hashes of what the run is made from
 
     def teacher(self, folder, data) -> nn.Module:
-        """The frozen model of a checkpoint folder. Raises ValueError without one, or where its
-        tokenizer is not the data's."""
-        model = load_for(folder, data).requires_grad_(False)
+        """The frozen model of a checkpoint folder, its weights kept in --teacher_dtype. Raises
+        ValueError without one, or where its tokenizer is not the data's."""
+        dtype = getattr(self.args, "teacher_dtype", "float32")
+        model = store_weights(load_for(folder, data), dtype)
+        if dtype != "float32":
+            print(f"{folder}: its weights take {stored_bytes(model) / 1e6:,.1f} MB as {dtype}")
+        self.teacher_folders.append(folder)
         self.sources.setdefault("teacher_sha256", []).append(weights_hash(folder))
         self.training.folder.made_from |= hashes(*checkpoint_files(folder))
         self.teachers.append(self.to_device(model))
         return self.teachers[-1]
 
     def student(self, name: str | nn.Module, data) -> nn.Module:
-        """A new model of the preset `name`, the checkpoint in the folder `name`, or a model that a
-        method has made. The first student of a run is the one that is saved in --out and evaluated
-        on the way. Raises ValueError where the checkpoint's tokenizer is not the data's."""
-        is_made = isinstance(name, nn.Module)
-        model = name if is_made else make_or_load(name, data.vocab_size, data)
+        """A new model of the preset `name`, the checkpoint in the folder `name`, of "layers:N" that
+        many of the (first) teacher's layers, or a model that a method has made. The first student
+        of a run is the one that is saved in --out and evaluated on the way. Raises ValueError where
+        the checkpoint's tokenizer is not the data's."""
+        is_made, source = isinstance(name, nn.Module), name
+        if not is_made and layers_named(name):
+            source = (self.teacher_folders or [getattr(self.args, "teacher", None)])[0]
+            if source is None:
+                cure = "--teacher FOLDER" if "teacher" in self.args else "a command with --teacher"
+                raise ValueError(f"{name} is a student made of a teacher's layers: use {cure}")
+        model = name if is_made else make_or_load(name, data.vocab_size, data, source)
         if not is_made and name not in PRESETS:
-            self.training.folder.made_from |= hashes(*checkpoint_files(name))
+            self.training.folder.made_from |= hashes(*checkpoint_files(source))
         if not self.training.students:
             choose_optimizer(self.args, None if is_made else name, model.config.hidden_size)
         self.training.students.append(self.to_device(model))

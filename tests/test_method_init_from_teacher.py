@@ -252,10 +252,9 @@ def test_flags_choose_the_start(teacher):
     random = start(teacher, "--init", "random")["model.embed_tokens.weight"]
     assert random.shape == (400, 64)
     assert columns.isdisjoint(tuple(column.tolist()) for column in random.T)
-    full = start(teacher, "--width", "full", "--layers", 3)
-    assert torch.equal(full["model.embed_tokens.weight"], embedding)
-    for target, source in enumerate([0, 2, 3]):
-        assert torch.equal(full[name.format(target)], whole[name.format(source)])
+    for flags in (("--width", "full", "--layers", 3), ("--student", "layers:3")):
+        args = init_from_teacher.parse_args(list(map(str, flags)))
+        assert cut_out(args, load_model(teacher), [tokens()]) == "layers:3"  # Run takes them
 
 
 TINY = ["--steps", 1, "--batch_size", 2, "--seq_len", 32, "--device", "cpu"]
