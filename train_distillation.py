@@ -17,7 +17,8 @@ gradient its size back, so that alpha means the same at every T (Hinton, Vinyals
     python train_distillation.py                       # the student, out/student
     python train_distillation.py --temperature 4 --alpha 0 --out out/soft
 
-Try: --alpha 1 (the teacher is silent), --temperature 8 --alpha 0 (why is it worse?).
+Try: --alpha 1 (the teacher is silent), --temperature 8 --alpha 0 (why is it worse?), --student
+layers:2 (two of the teacher's own layers, and its embedding).
 Next: train_distill_reason.py. Shapes: B batch, S sequence, N valid tokens, V vocabulary, D width.
 """
 

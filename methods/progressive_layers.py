@@ -74,7 +74,7 @@ def parse_args(argv=None):
 def main(args) -> dict:
     check_ranges(args, **RANGES)
     if args.flops or args.seconds or args.fsdp or args.student.startswith("layers:"):
-        raise ValueError("--steps of a new model are cut: no --flops, --seconds, --fsdp, layers:N")
+        raise ValueError("a new model has --steps: leave --flops, --seconds, --fsdp, layers:N out")
     layers = number_of_layers(args.student)
     steps = max(1, round(args.steps * args.share / layers)) if args.share else 0  # of a layer
     if args.steps <= steps * layers:

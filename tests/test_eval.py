@@ -27,9 +27,10 @@ from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
 from eval.experiments import cache, common, jobs, mode_seeking, scales, soft_labels
 from eval.experiments.jobs import Job
-from files import Finished, file_hash, lock, locks, read_json
-from model import ModelConfig, Transformer
+from files import Finished, file_hash, lock, locks, progress, read_json
+from model import ModelConfig, Transformer, load_model
 from run import evaluate
+from tests.short_runs import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -495,6 +496,25 @@ def test_perplexity_beside_a_teacher(prepared_folder, model_folder, capsys):
     metrics = perplexity.main(perplexity.parse_args([*map(str, words), "--seq_len", "32"]))
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-6) and metrics["agreement"] == 1.0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_perplexity_of_some_windows_shows_how_far_it_is(
+    prepared_folder, model_folder, capsys, monkeypatch
+):
+    """Those that `evaluation` spreads over the split; more than there are is all."""
+    monkeypatch.setattr(progress, "SHORTEST", 0)
+    monkeypatch.setattr(perplexity, "BATCH", 2)
+    words = ["--model", model_folder, "--data", prepared_folder, "--seq_len", 32]
+    metrics = run(perplexity, *words, "--windows", 5)
+    said, text = capsys.readouterr(), PackedText(prepared_folder, "val", 32)
+    assert f"160 held-out tokens (5 of {text.size} windows) of" in said.out
+    assert said.err.splitlines() == [f"perplexity: window {n} of 5" for n in (2, 4)]
+    batches = text.evaluation(5, 5)
+    expected = evaluate(load_model(model_folder), batches, text.bytes_per_token)
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    everything = run(perplexity, *words)
+    assert run(perplexity, *words, "--windows", 10**6) == everything != metrics
+    assert f"({text.size} of {text.size} windows)" in capsys.readouterr().out
 
 
 def test_reasoning_writes_every_answer(prepared_folder, model_folder, tmp_path, capsys):
