@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 import files
 from files import command_line, new_parser, read_json, write_json
 from files.atomic import UNFINISHED, atomic_folder
-from model import Transformer, load_model, save_model
+from model import Transformer, kept_dtype, load_model, save_model
 from model.checkpoint import checkpoint_files
 from model.vocabulary import select_rows
 
@@ -131,16 +131,14 @@ def write_trimmed(folder: Path, out: Path, model: Transformer, kept: dict[str, i
         if by_id := config.get("added_tokens_decoder"):
             config["added_tokens_decoder"] = {str(moved[int(i)]): by_id[i] for i in by_id}
         write_json(path, config)
-    before = read_json(folder / "config.json")
-    dtype = before.get("dtype") or before.get("torch_dtype")
-    dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
-    save_model(model.to(getattr(torch, dtype)), out)
+    dtype = kept_dtype(folder)
+    save_model(model.to(dtype), out)
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             own = read_json(folder / name)
             ids = {k: [moved[i] for i in v if i in moved] for k, v in named_ids(own).items()}
             ids = {k: v if isinstance(own[k], list) else (v or [None])[0] for k, v in ids.items()}
-            own = {"dtype": dtype} if name == "config.json" else {}
+            own = {"dtype": str(dtype).removeprefix("torch.")} if name == "config.json" else {}
             write_json(out / name, read_json(out / name) | ids | own)
     for path in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
         shutil.copyfile(path, out / path.name)

@@ -1,6 +1,7 @@
 """What learns: the Transformer, its presets, generation, and Hugging Face checkpoint folders."""
 
 from .checkpoint import (
+    kept_dtype,
     load_for,
     load_model,
     make_or_load,

@@ -58,10 +58,11 @@ class StoredEmbedding(nn.Module):
 
 @torch.no_grad()
 def store_weights(model: Transformer, dtype: str) -> Transformer:
-    """Keep the matrices of `model`, which then cannot learn, in `dtype` of DTYPES, in place."""
+    """Keep the matrices of `model`, which then cannot learn, in `dtype` of DTYPES, in place. Its
+    parameters may come in any floating-point dtype."""
     model.requires_grad_(False)
     if dtype == "float32":
-        return model
+        return model.float()
     of_tokens = torch.bfloat16  # also at int8
     for layer in model.model.layers:
         for parent in list(layer.modules()):
@@ -72,6 +73,9 @@ def store_weights(model: Transformer, dtype: str) -> Transformer:
     model.lm_head = StoredLinear(model.lm_head, of_tokens)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    for weight in model.parameters():
+        if weight.ndim == 1:  # norms, biases, scales
+            weight.data = weight.data.float()
     return model
 
 

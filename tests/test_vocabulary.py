@@ -13,7 +13,7 @@ from dataset import prepare, teacher_cache
 from dataset.packing import PackedText
 from eval import anytime, perplexity
 from files import read_json
-from methods import cached_teacher, hidden_states, init_from_teacher, quantize
+from methods import cached_teacher, quantize
 from model import ModelConfig, Transformer, load_for, load_model, save_model
 from tests.conftest import small_text
 from tests.short_runs import run, same_bits
@@ -70,8 +70,6 @@ RUNS = {  # entry point: script, its flags, of conversations or of text
     "lesson 3, fused": (train_distill_reason, ["--fused", "yes"], "chat"),
     "layers": (train_distillation, ["--student", "layers:1"], "text"),
     "int8": (train_distillation, ["--teacher_dtype", "int8"], "text"),
-    "hidden states": (hidden_states, [], "text"),
-    "from layers": (init_from_teacher, ["--student", "nano"], "text"),
     "quantize": (quantize, [], "text"),
     "cache, topk": (cached_teacher, ["--method", "topk", "--k", V], "text"),
     "cache, hidden": (cached_teacher, ["--method", "hidden"], "text"),
