@@ -47,7 +47,8 @@ def kept_tokens(content: dict, used: set[int]) -> dict[str, int]:
 
 
 def trimmed_tokenizer(content: dict, kept: dict[str, int]) -> dict:
-    """A parsed tokenizer.json with the tokens of `kept` alone, numbered anew in that order."""
+    """A parsed tokenizer.json with the tokens of `kept` alone, numbered anew in that order. Raises
+    ValueError where it puts a token around texts that is not kept."""
     new = {token: number for number, token in enumerate(kept)}
     moved = {old: new[token] for token, old in kept.items()}
 
@@ -55,16 +56,22 @@ def trimmed_tokenizer(content: dict, kept: dict[str, int]) -> dict:
         first, second = pair.split(" ") if isinstance(pair, str) else pair
         return first in new and second in new and first + second in new
 
+    def number(old: int) -> int:
+        if old not in moved:
+            named = f"the tokenizer's post_processor names the id {old}, of no control token"
+            raise ValueError(f"{named}: add that to added_tokens, or leave the post_processor out")
+        return moved[old]
+
     def renumbered(value):  # of a post-processor, which may put control tokens around a text
         if isinstance(value, list):
             if len(value) == 2 and type(value[0]) is str and type(value[1]) is int:  # sep, cls
-                return [value[0], moved[value[1]]]
+                return [value[0], number(value[1])]
             return [renumbered(item) for item in value]
         if not isinstance(value, dict):
             return value
         changed = {name: renumbered(item) for name, item in value.items()}
         if isinstance(ids := value.get("ids"), list):
-            changed["ids"] = [moved[index] for index in ids]
+            changed["ids"] = [number(index) for index in ids]
         return changed
 
     model = content["model"]

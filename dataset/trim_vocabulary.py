@@ -129,7 +129,8 @@ def write_trimmed(folder: Path, out: Path, model: Transformer, kept: dict[str, i
     if (path := out / "tokenizer_config.json").is_file():
         config = read_json(path)
         if by_id := config.get("added_tokens_decoder"):
-            config["added_tokens_decoder"] = {str(moved[int(i)]): by_id[i] for i in by_id}
+            numbers = {i: moved[int(i)] for i in by_id if i.isdigit() and int(i) in moved}
+            config["added_tokens_decoder"] = {str(new): by_id[i] for i, new in numbers.items()}
         write_json(path, config)
     dtype = kept_dtype(folder)
     save_model(model.to(dtype), out)
@@ -178,6 +179,8 @@ def main(args) -> dict:
     with atomic_folder(args.out, last=RECORD) as out:
         write_trimmed(args.model, out, model, kept)
         write_json(out / RECORD, record)
+    if not (args.model / "tokenizer_config.json").is_file():
+        (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of the one before
     files.unlock(args.out)
     fewer = f"{size:,} -> {len(rows):,} tokens, {parameters:,} -> {model.num_parameters():,}"
     others = f"the others had {mass:.2%} of the model's mass on this data"

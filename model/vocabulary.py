@@ -21,8 +21,6 @@ from files import check_file, read_json, tokenizer_hash
 
 from .transformer import Transformer
 
-SAME = ("normalizer", "pre_tokenizer", "decoder")  # of two tokenizers, one a part of the other
-
 
 def vocabulary(tokenizer: dict) -> dict[str, int]:
     """token -> id of a parsed tokenizer.json, tokens that were added to its model included."""
@@ -36,9 +34,17 @@ def merges_of(tokenizer: dict) -> list[tuple[str, str]]:
     return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
 
 
+def reading_of(tokenizer: dict) -> list:
+    """All that says how a tokenizer.json cuts texts, but its tokens and merges."""
+    model = {k: v for k, v in tokenizer["model"].items() if k not in ("vocab", "merges")}
+    added = [{**token, "id": None} for token in tokenizer.get("added_tokens") or []]
+    return [model, added, *(tokenizer.get(k) for k in ("normalizer", "pre_tokenizer", "decoder"))]
+
+
 def kept_rows(folder, data_folder) -> list[int] | None:
     """For each token of `data_folder`'s tokenizer its id in `folder`'s, where the former is a part
-    of the latter (dataset.trim_vocabulary makes some); None where they are two tokenizers."""
+    of the latter (dataset.trim_vocabulary makes some), or the same in other bytes; None where they
+    are two tokenizers."""
     try:
         whole, part = (
             read_json(check_file(Path(place) / "tokenizer.json")) for place in (folder, data_folder)
@@ -46,12 +52,12 @@ def kept_rows(folder, data_folder) -> list[int] | None:
         ids, wanted = vocabulary(whole), vocabulary(part)
         tokens = sorted(wanted, key=wanted.get)
         numbered = [wanted[token] for token in tokens] == list(range(len(tokens)))
-        read_alike = all(whole.get(name) == part.get(name) for name in SAME)
+        read_alike = reading_of(whole) == reading_of(part)
         ranks = {pair: rank for rank, pair in enumerate(merges_of(whole))}
         order, rows = [ranks[pair] for pair in merges_of(part)], [ids[token] for token in tokens]
     except (AttributeError, KeyError, TypeError, ValueError):  # not there, or of another kind
         return None
-    in_order = all(x == sorted(x) for x in (order, rows)) and len(rows) < len(ids)
+    in_order = all(x == sorted(x) for x in (order, rows))  # not the same tokens numbered anew
     return rows if numbered and read_alike and in_order else None
 
 

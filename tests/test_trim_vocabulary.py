@@ -127,6 +127,9 @@ def test_control_tokens_wherever_they_are_named(whole):
     content["post_processor"]["processors"][0]["sep"] = ["<last>", size]
     moved = trimmed_tokenizer(content, kept)["post_processor"]["processors"][0]["sep"]
     assert moved == ["<last>", len(ids) - 1]
+    content["post_processor"]["processors"][0]["sep"] = ["x", 420]
+    with pytest.raises(ValueError, match="names the id 420, of no control token"):
+        trimmed_tokenizer(content, kept)
 
 
 def test_only_plain_byte_pair_encoding():
@@ -333,7 +336,11 @@ def test_two_tokenizers_are_not_a_part_of_each_other(world, tmp_path):
         return tmp_path
 
     assert kept_rows(world / "teacher", changed()) is not None
+    whole = read_json(world / "teacher" / "tokenizer.json")
+    assert kept_rows(world / "teacher", changed(**whole)) == list(range(700)), "but for line ends"
     assert kept_rows(world / "teacher", changed(pre_tokenizer=None)) is None
+    added = [{**token, "lstrip": True} for token in content["added_tokens"]]
+    assert kept_rows(world / "teacher", changed(added_tokens=added)) is None
     model = content["model"]
     swapped = model | {"merges": [model["merges"][1], model["merges"][0], *model["merges"][2:]]}
     assert kept_rows(world / "teacher", changed(model=swapped)) is None

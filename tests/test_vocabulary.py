@@ -64,12 +64,9 @@ def pair(folder) -> list:
 CHATS = ["--seq_len", "256"]
 RUNS = {  # entry point: script, its flags, of conversations or of text
     "lesson 1": (train_pretrain, [], "text"),
-    "lesson 2": (train_distillation, [], "text"),
     "lesson 2, fused": (train_distillation, ["--fused", "yes"], "text"),
-    "lesson 2, chat": (train_distillation, [], "chat"),
     "lesson 3, fused": (train_distill_reason, ["--fused", "yes"], "chat"),
-    "layers": (train_distillation, ["--student", "layers:1"], "text"),
-    "int8": (train_distillation, ["--teacher_dtype", "int8"], "text"),
+    "lesson 2": (train_distillation, ["--teacher_dtype", "int8", "--fused", "no"], "text"),
     "quantize": (quantize, [], "text"),
     "cache, topk": (cached_teacher, ["--method", "topk", "--k", V], "text"),
     "cache, hidden": (cached_teacher, ["--method", "hidden"], "text"),
