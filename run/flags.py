@@ -81,7 +81,9 @@ def choose_optimizer(args, student: str | None, width: int) -> None:
     """Settle --optimizer and --learning_rate where nobody typed them. A folder's weights are to
     keep what they know: AdamW at FINE_TUNING, or where a run here made them at a rate that goes
     with 1 / width (Yang et al. 2022, 2203.03466), but not above the one that they were made at.
-    The latter rate is also that of "layers:N", whose layers have to learn to do without others."""
+    The latter rate is also that of "layers:N", whose layers have to learn to do without others: of
+    15 of SmolLM2's 30, after 16 steps of 256 tokens of Python's documentation, the loss was 6.8
+    nats at 0.2 / width, 6.7 at 0.001, 7.7 at 0.0001 and 9.5 at 2e-5 (from 12.2, one seed)."""
     is_new, rate = student is None or student in PRESETS, args.learning_rate
     if isinstance(rate, DefaultRate) and layers_named(student) is not None:
         rate = float(f"{TIMES_WIDTH / width:.2g}")

@@ -17,6 +17,7 @@ from model import ModelConfig, Transformer, load_model, save_model
 from run import evaluate
 from run.flags import choose_optimizer
 from run.training import Training
+from tests.robustness.test_provenance import other_tokenizer
 from tests.short_runs import SMALL, make_teacher, run, same_bits
 
 
@@ -163,7 +164,7 @@ def test_a_student_of_conversations_gets_its_teachers_tokenizer(teacher, prepare
     """The tokenizer of the teacher differs from that of the folder from which a student starts."""
     tokens, other = tmp_path / "tokens", tmp_path / "other"
     shutil.copytree(prepared_folder, tokens)
-    (tokens / "tokenizer.json").write_text((teacher / "tokenizer.json").read_text() + " ")
+    other_tokenizer(tokens)
     words = ["--data", prepared_folder / "reason_train.jsonl", *SMALL, "--seq_len", 200]
     run(train_pretrain, *words, "--model", "nano", "--tokenizer", tokens, "--out", other)
     words += ["--teacher", other, "--steps", 1, "--out", tmp_path / "out"]
