@@ -6,6 +6,9 @@
 The labels cover the assistant's content and the <|im_end|> that ends it, so a model learns to
 stop. Labels are shifted here, once: labels[s] is the token after input_ids[s]. A batch is a random
 draw, sorted by length: cut into micro-batches, each at its own longest row, little is padding.
+
+A model that others made reads conversations in its own form: dataset/template.py. The promises are
+the same: nothing that a user types is a control token, and a prompt is a prefix of the whole.
 """
 
 import hashlib
@@ -25,10 +28,19 @@ from files import known_hash, tokenizer_hash
 from .packing import epoch_order
 from .problems import answer_of, number_of
 from .sources import LeftOut, read_jsonl
-from .tokenizer import TAGS, encode, encode_tagged, load_tokenizer, special_id, vocabulary_of
+from .template import template_of
+from .tokenizer import (
+    TAGS,
+    encode,
+    encode_tagged,
+    end_ids,
+    load_tokenizer,
+    special_id,
+    vocabulary_of,
+)  # fmt: skip
 
 IGNORE = -100
-PAD_ID = 0
+PAD_ID = 0  # any would do: it has no label, and no token looks at what stands to its right
 ROLES, TOOLS = ("system", "user", "assistant"), ("tool", "function")
 THINK_SPAN = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
@@ -75,8 +87,18 @@ def check_conversation(
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[int], list[int]]:
-    """input_ids and labels of one conversation, both of one length, labels shifted already."""
-    start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
+    """input_ids and labels of one conversation, both of one length, labels shifted already. Raises
+    ValueError where the tokenizer's model cannot read one."""
+    ids, learned = encode_turns(tokenizer, turns)
+    labels = [token if own else IGNORE for token, own in zip(ids, learned, strict=True)]
+    return ids[:-1], labels[1:]
+
+
+def encode_turns(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and for each whether it is the assistant's own."""
+    if (template := template_of(tokenizer)) is not None:
+        return template.encode(turns)
+    start, end = control_tokens(tokenizer)
     newline = encode(tokenizer, "\n")
     ids, learned = [], []  # learned[i]: token i is the assistant's own
     for turn in turns:
@@ -87,14 +109,44 @@ def encode_conversation(tokenizer: Tokenizer, turns: list[dict]) -> tuple[list[i
         content = [*(encode_tagged(tokenizer, turn["content"]) if own else []), end]
         ids += head + content + newline
         learned += [False] * len(head) + [own] * len(content) + [False] * len(newline)
-    labels = [token if own else IGNORE for token, own in zip(ids, learned, strict=True)]
-    return ids[:-1], labels[1:]
+    return ids, learned
+
+
+def control_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """ChatML's begin and end of a turn. Raises ValueError where the tokenizer has none."""
+    found = tuple(tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    if None in found:
+        where = getattr(tokenizer, "folder", "the model")
+        none = f"{where} has no chat template, and its tokenizer no <|im_start|> and <|im_end|>"
+        cure = "use its version that was taught to chat, or put a chat_template.jinja into it"
+        raise ValueError(f"{none}, so it reads no conversations: {cure}")
+    return found
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
     """Ids of `turns` and the opening of the assistant's next turn, ready for generation."""
+    if (template := template_of(tokenizer)) is not None:
+        return template.encode(turns, opening=True)[0]
     opening, _ = encode_conversation(tokenizer, [*turns, {"role": "assistant", "content": ""}])
     return opening[:-1]  # without the <|im_end|> of the empty turn
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids at which a reply or a text ends. Raises ValueError where nothing says one."""
+    template = template_of(tokenizer)
+    found = [*(template.end_ids() if template is not None else []), *end_ids(tokenizer)]
+    if not found:
+        cure = 'add {"eos_token_id": ID} to its generation_config.json'
+        raise ValueError(f"nothing in {tokenizer.folder} says which token ends a text: {cure}")
+    return tuple(dict.fromkeys(found))
+
+
+def with_system(turns: list[dict], system: str | None) -> list[dict]:
+    """The turns, told `system` first, in place of a system turn of their own; None changes none."""
+    if system is None:
+        return turns
+    kept = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": system}, *kept]
 
 
 def only_answer(turns: list[dict]) -> list[dict]:
@@ -136,7 +188,7 @@ class ChatData:
         self.path, self.tokenizer_folder = path, tokenizer_folder
         self.tokenizer = load_tokenizer(tokenizer_folder)
         self.vocab_size = vocabulary_of(tokenizer_folder, self.tokenizer)
-        tags = all(self.tokenizer.token_to_id(tag) is not None for tag in TAGS)
+        tags = all(self.tokenizer.token_to_id(tag) is not None for tag in TAGS[:2])
         left_out: Counter[str] = Counter()
 
         def parse(value: dict, where: str) -> tuple[float, bool, tuple[Tensor, Tensor]]:
@@ -178,7 +230,9 @@ class ChatData:
     def special_ids(self) -> tuple[tuple[int, ...], int]:
         """Ids of the four reasoning tags, and of the end of a turn. Raises ValueError without."""
         tags = tuple(special_id(self.tokenizer, tag) for tag in TAGS)
-        return tags, special_id(self.tokenizer, "<|im_end|>")
+        template = template_of(self.tokenizer)
+        ends = template.end_ids() if template is not None else control_tokens(self.tokenizer)[1:]
+        return tags, ends[0]
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """input_ids and labels (B, S) of `rows`, padded on the right to their longest."""

@@ -27,17 +27,17 @@ from pathlib import Path
 
 import files
 from files import command_line
-from files.atomic import atomic_folder
+from files.atomic import TOKENIZER_FILES, atomic_folder
 
 from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
 from .packing import check_prepared, write_stream
 from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, check_problem, make_problems
 from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
 from .tokenizer import (
+    document_end,
     encode_all,
     load_tokenizer,
     save_tokenizer,
-    special_id,
     train_tokenizer,
     vocabulary_of,
 )  # fmt: skip
@@ -157,7 +157,7 @@ def main(args) -> None:
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
     if tokenizer is not None:
-        special_id(tokenizer, "<|endoftext|>")  # raises without
+        document_end(tokenizer)  # raises without
     content = [documents, reasoning, held_out] if held_out else [documents, reasoning]
     content = json.dumps(content).encode("ascii")
     made_from = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)} | {
@@ -179,7 +179,7 @@ def main(args) -> None:
             tokenizer = train_tokenizer([*training, *traces], args.vocab_size)
             save_tokenizer(tokenizer, out)
         # 4. Token streams.
-        end = special_id(tokenizer, "<|endoftext|>")
+        end = document_end(tokenizer)
         size = vocabulary_of(args.tokenizer or out, tokenizer)
         about = {"vocab_size": size, "tokenizer_sha256": files.tokenizer_hash(out)}
         for split, texts in (("train", training), ("val", validation)):
@@ -191,8 +191,8 @@ def main(args) -> None:
             print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
         written = {path.name: files.file_hash(path) for path in sorted(out.iterdir())}
         files.write_json(out / "meta.json", {**about, "files": written, "made_from": made_from})
-    if args.tokenizer is not None and not (args.tokenizer / "tokenizer_config.json").is_file():
-        (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of the one before
+    for name in {*TOKENIZER_FILES} - {*written}:
+        (args.out / name).unlink(missing_ok=True)  # of the tokenizer before
     files.unlock(args.out)
     train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
     problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())

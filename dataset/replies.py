@@ -6,13 +6,13 @@ from files.progress import progress_bar
 from model import generate
 from model.generate import check_room
 
-from .chat import check_conversation, encode_prompt
+from .chat import check_conversation, encode_prompt, stop_ids
 from .problems import check_problem, check_response
 from .sources import read_jsonl
-from .tokenizer import special_id
 
 MAX_NEW_TOKENS = 160
-BATCH = 100  # more at once are not faster on a CPU, and take memory
+BATCH = 100  # replies at once: more are not faster on a CPU, and take memory
+CACHE_BYTES = 2**30  # of their keys and values, which for a real model and long replies decide
 
 
 def read_problems(path) -> list[dict]:
@@ -33,20 +33,31 @@ def read_problems(path) -> list[dict]:
     return read_jsonl(path, parse)
 
 
+def batch_rows(model, positions: int) -> int:
+    """How many replies are written at once where prompt and reply fill `positions`: 1 to BATCH. It
+    follows from the model's shape alone, so that a call that resumes has the same batches."""
+    shape, size = model.config, model.lm_head.weight.element_size()
+    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size  # bytes
+    return max(1, min(BATCH, CACHE_BYTES // (row * positions)))
+
+
 def write_replies(
     model, tokenizer, problems: list[dict], max_new_tokens=MAX_NEW_TOKENS, bar=None, **sampling
 ) -> list[list[int]]:
-    """The model's reply to every problem, as token ids; like lengths are batched together.
-    bar: the progress of a caller who has more problems than these."""
+    """The model's reply to every problem, as token ids without the one that ends it; like lengths
+    are batched together. One that has max_new_tokens was cut: its end did not come. bar: the
+    progress of a caller who has more problems than these."""
     prompts = [encode_prompt(tokenizer, problem["turns"]) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    check_room(model, max(map(len, prompts), default=0), max_new_tokens)  # now, not after hours
+    longest = max(map(len, prompts), default=0)
+    check_room(model, longest, max_new_tokens)  # now, not after hours
+    rows_at_once = batch_rows(model, longest + max_new_tokens)
     replies: dict[int, list[int]] = {}
-    sampling["stop_ids"] = [special_id(tokenizer, t) for t in ("<|im_end|>", "<|endoftext|>")]
+    sampling["stop_ids"] = stop_ids(tokenizer)
     alone = bar is None
     with progress_bar(len(prompts), "replies", unit="reply") if alone else nullcontext(bar) as bar:
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+        for start in range(0, len(order), rows_at_once):
+            rows = order[start : start + rows_at_once]
             written = generate(model, [prompts[i] for i in rows], max_new_tokens, **sampling)
             replies.update(zip(rows, written, strict=True))
             bar.update(len(rows))

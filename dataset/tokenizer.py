@@ -3,7 +3,8 @@
 The alphabet is the 256 bytes, so every text round-trips and nothing is unknown; 17 is always "1",
 "7", so arithmetic is learned digit by digit. What a user types goes through `encode`, which reads
 "<think>" as seven ordinary characters; only an assistant's turn goes through `encode_tagged`, which
-knows the four reasoning tags.
+knows the four reasoning tags. Tokenizers of others are read as they are; dataset/template.py says
+how their models talk.
 """
 
 import re
@@ -11,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from files import atomic_path, check_file, read_json, write_json
+from model.control import control_ids
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # ids 3 to 6
 # 0: padding and end of a document; 1: begin, 2: end of a turn
@@ -76,6 +78,10 @@ def load_tokenizer(folder) -> Tokenizer:
     with as_value_error(f"no tokenizer in '{folder}': tokenizer.json", make):
         tokenizer = Tokenizer.from_file(str(check_file(folder / "tokenizer.json")))
     tokenizer.encode_special_tokens = True
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.content in TAGS and not token.special:  # Qwen3's: in a user's words, text too
+            tokenizer.add_special_tokens([AddedToken(token.content, normalized=token.normalized)])
+    tokenizer.folder = folder  # where its chat template is, and which ids end a turn
     tokenizer.no_truncation()  # what others' files may ask for would cut texts, or fill them up
     tokenizer.no_padding()
     size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
@@ -123,8 +129,24 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a control token. Raises ValueError where this tokenizer has none."""
     if (index := tokenizer.token_to_id(token)) is None:
         cure = "use a model whose tokenizer has it: a preset, on the data of dataset.prepare, does"
+        if token in TAGS:
+            cure += "; or add the tags: python -m dataset.add_tags --model FOLDER --out NEW"
         raise ValueError(f"the tokenizer has no token '{token}': {cure}")
     return index
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a turn or a text, as the tokenizer's folder says, the most usual first."""
+    folder = getattr(tokenizer, "folder", None)  # none of one that was just trained
+    found = control_ids(folder)["eos_token_id"] if folder else [2, 0]
+    return [index for index in found if tokenizer.id_to_token(index) is not None]
+
+
+def document_end(tokenizer: Tokenizer) -> int:
+    """The id that stands between two documents. Raises ValueError where there is none."""
+    if tokenizer.token_to_id("<|endoftext|>") is None and (ends := end_ids(tokenizer)):
+        return ends[0]  # "</s>" of Llama 2
+    return special_id(tokenizer, "<|endoftext|>")
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".minidistill-unfinished"  # no name that a user's own folder may have
+# Where Hugging Face keeps its templates, the names of its tokens, and those that end a turn.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 # What torch.save and safetensors say instead of OSError where a disk is full.
 WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "I/O error")
 
@@ -121,8 +124,14 @@ def check_keys(value: dict, where, **kinds: type) -> dict:
 
 
 def copy_tokenizer(source, folder) -> None:
-    """Copy tokenizer.json, and its configuration if there is one, to another folder."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (Path(source) / name).is_file() and Path(source).resolve() != Path(folder).resolve():
-            with atomic_path(Path(folder) / name) as temporary:
-                shutil.copyfile(Path(source) / name, temporary)
+    """Copy TOKENIZER_FILES, as far as there are any, to another folder; what is there of another
+    tokenizer goes."""
+    source, folder = Path(source), Path(folder)
+    if source.resolve() == folder.resolve():
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            with atomic_path(folder / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+        elif name != "tokenizer.json":
+            (folder / name).unlink(missing_ok=True)

@@ -22,33 +22,31 @@ import files
 from files import check_file, known_hash, read_json, tokenizer_hash, write_json
 
 from .config import PRESETS, ModelConfig
+from .control import control_ids
 from .experts import MIXTRAL, ExpertsConfig, add_experts
 from .prune import layers_named, take_layers
 from .transformer import Transformer
 from .vocabulary import rows_for, select_rows
 
 MANIFEST = "manifest.json"
-CONTROL = ("endoftext", "im_start", "im_end")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | None = None):
-    """Write `model` to `folder`, in the dtype of its parameters, with a copy of its tokenizer.
+    """Write `model` to `folder`, in the dtype of its parameters, with a copy of its tokenizer (its
+    folder says which tokens begin, end and pad).
     state: its state_dict, where it had to be gathered from several processes."""
     folder, state = Path(folder), model.state_dict() if state is None else state
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    path = Path(tokenizer_folder or folder, "tokenizer.json")
-    added = read_json(path).get("added_tokens", []) if path.is_file() else []
-    known = {token["content"]: token["id"] for token in added}  # ours are 0, 1 and 2
-    pad, start, end = (known.get(f"<|{name}|>", number) for number, name in enumerate(CONTROL))
-    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
-    write_json(folder / "config.json", model.config.to_json() | ids)
-    generation = {**ids, "eos_token_id": [end, pad], "do_sample": False}
-    write_json(folder / "generation_config.json", generation)
+    ids = control_ids(tokenizer_folder or folder)
     if tokenizer_folder is not None:
         files.copy_tokenizer(tokenizer_folder, folder)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    end = {"eos_token_id": next(iter(ids["eos_token_id"]), None)}  # all are in the other file
+    write_json(folder / "config.json", model.config.to_json() | ids | end | {"dtype": dtype})
+    write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     weights = folder / "model.safetensors"
     with files.atomic_path(weights) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from model import ModelConfig, Transformer, load_model, make_or_load, read_config, save_model
 from model.checkpoint import is_finite
 from model.config import Llama3Scaling
+from model.control import control_ids
 from model.device import give_back_memory, peak_memory_mb, reset_peak_memory
 
 TINY = ModelConfig(
@@ -193,6 +194,63 @@ def test_what_ends_a_turn_is_named_by_the_tokenizers_own_ids(tmp_path):
         content = json.loads((tmp_path / "out" / name).read_text())
         found = [content[f"{what}_token_id"] for what in ("bos", "eos", "pad")]
         assert found == [10, end, 9]
+
+
+ADDED = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 5, "<|eot|>": 7, "<|endoftext|>": 9}
+
+
+@pytest.mark.parametrize(
+    "files, begin, ends, pad",
+    [
+        ({}, None, [5, 9], 9),  # ChatML's names
+        ({"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}}}, 1, [2, 5, 9],
+         9),
+        ({"special_tokens_map": {"bos_token": "<s>", "pad_token": "<unk>"},
+          "tokenizer_config": {"bos_token": None, "eos_token": "<|eot|>"}}, 1, [7, 5, 9], 0),
+        ({"config": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}}, 1, [2, 5, 9],
+         None),  # null is kept: id 0 is a word
+        ({"config": {"bos_token_id": 1, "eos_token_id": 2}, "generation_config": {
+            "eos_token_id": [7, 2], "pad_token_id": 7}}, 1, [7, 2, 5, 9], 7),
+        ({"config": {"bos_token_id": 3, "eos_token_id": "2"}, "generation_config": {
+            "bos_token_id": -1, "eos_token_id": [True, None, 4]}}, 3, [4, 5, 9], None),
+        ({"generation_config": {"eos_token_id": 8}, "tokenizer_config": {"pad_token": "<unk>"}},
+         None, [8, 5, 9], 0),
+    ],
+)  # fmt: skip
+def test_the_ids_of_a_model_made_elsewhere_are_kept(files, begin, ends, pad, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    added = [{"content": content, "id": number} for content, number in ADDED.items()]
+    tokenizer = {"added_tokens": added, "model": {"vocab": {"a": 11}}}
+    for name, content in {"tokenizer": tokenizer, **files}.items():
+        (source / f"{name}.json").write_text(json.dumps(content))
+    assert control_ids(source) == {"bos_token_id": begin, "eos_token_id": ends, "pad_token_id": pad}
+    save_model(random_model(), tmp_path / "one", source)
+    save_model(random_model(), tmp_path / "two", tmp_path / "one")  # a student of that student
+    for folder in ("one", "two"):
+        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert generation == {**control_ids(source), "do_sample": False}
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+        assert ids == [begin, ends[0], pad]
+
+
+def test_weights_of_half_precision_say_so(tmp_path):
+    save_model(random_model().bfloat16(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files_of_another_tokenizer_do_not_stay_beside_a_new_one(tmp_path):
+    """An old chat template would decide how the new model is asked."""
+    source, out = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("old")
+    save_model(random_model(), out, source)
+    assert (out / "chat_template.jinja").read_text() == "old"
+    (source / "chat_template.jinja").unlink()
+    save_model(random_model(), out, source)
+    assert not (out / "chat_template.jinja").exists()
 
 
 def test_the_tokenizer_is_copied(tmp_path):

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models
 from dataset.chat import encode_conversation, encode_prompt
 from dataset.tokenizer import (
     decode,
+    document_end,
     encode,
     encode_tagged,
+    end_ids,
     load_tokenizer,
     save_tokenizer,
     special_id,
@@ -206,7 +208,7 @@ def test_missing_tokenizer_is_refused_with_the_command_that_makes_one(tmp_path):
 
 
 def test_foreign_tokenizer_without_the_tags_is_refused():
-    with pytest.raises(ValueError, match="<think>.*dataset.prepare"):
+    with pytest.raises(ValueError, match="<think>.*dataset.prepare.*python -m dataset.add_tags"):
         special_id(Tokenizer(models.BPE()), "<think>")
 
 
@@ -257,3 +259,31 @@ def test_a_tokenizer_that_leaves_ids_out_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(ValueError, match="has 263 tokens, but the id 400"):
         load_tokenizer(tmp_path)
+
+
+# Tokenizers that others made: which tokens end what.
+
+
+def test_what_ends_a_document_is_what_the_folder_says(tmp_path):
+    content = train_tokenizer(TEXT, 330).to_str().replace("<|endoftext|>", "</s>")
+    (tmp_path / "tokenizer.json").write_text(content.replace("<|im_end|>", "<|eot|>"), "utf-8")
+    with pytest.raises(ValueError, match="no token '<.endoftext.>'"):
+        document_end(load_tokenizer(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    loaded = load_tokenizer(tmp_path)
+    assert (document_end(loaded), end_ids(loaded)) == (0, [0])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0, 999]}')
+    assert end_ids(load_tokenizer(tmp_path)) == [2, 0]  # it has no token 999
+
+
+def test_tags_that_are_not_called_special_are_text_to_a_user_too(tmp_path):
+    content = json.loads(train_tokenizer(TEXT, 330).to_str())
+    for token in content["added_tokens"]:
+        token["special"] = not token["content"].endswith("think>")  # as Qwen3 has it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert min(encode(loaded, "<think> </think>")) > 6
+    assert encode_tagged(loaded, "<think>a") == [3, *encode(loaded, "a")]
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    assert min(plain.encode("<think>").ids) == 3  # which is why
