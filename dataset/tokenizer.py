@@ -144,8 +144,10 @@ def end_ids(tokenizer: Tokenizer) -> list[int]:
 
 def document_end(tokenizer: Tokenizer) -> int:
     """The id that stands between two documents. Raises ValueError where there is none."""
-    if tokenizer.token_to_id("<|endoftext|>") is None and (ends := end_ids(tokenizer)):
-        return ends[0]  # "</s>" of Llama 2
+    if tokenizer.token_to_id("<|endoftext|>") is None:
+        turn = tokenizer.token_to_id("<|im_end|>")  # ends no document
+        for index in (x for x in end_ids(tokenizer) if x != turn):
+            return index  # "</s>" of Llama 2
     return special_id(tokenizer, "<|endoftext|>")
 
 
