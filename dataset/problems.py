@@ -170,15 +170,6 @@ def check_problem(value: dict, turns: list[dict], where: str) -> None:
         raise ValueError(f'{where}: "steps" {steps!r} must be a whole number, 0 or more')
 
 
-def is_answer(response: str, answer) -> bool:
-    """Whether the response's <answer> is `answer`: as a number if that is one, else as a text."""
-    if (wanted := number_of(answer)) is not None:
-        found = ANSWER.search(response)
-        return found is not None and number_of(found[1]) == wanted
-    found = ANSWER_TEXT.search(response)
-    return found is not None and found[1] == str(answer).strip()
-
-
 @dataclass(frozen=True)
 class TraceCheck:
     """What is right about a response: its form, its lines, its answer."""

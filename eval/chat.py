@@ -6,7 +6,8 @@
 
 Replies are greedy. Texts are sampled, at temperature 0.8 from the likeliest 95%: greedy, a small
 model soon repeats one sentence for ever. An empty line or Ctrl-D ends the talk; "/new" forgets what
-was said.
+was said. A model that others made is asked in its own form, which may begin with the words of a
+system; --system gives others.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import sys
 
 import torch
 
-from dataset.chat import encode_prompt
-from dataset.tokenizer import decode, encode, load_tokenizer, special_id
+from dataset.chat import encode_prompt, stop_ids, with_system
+from dataset.tokenizer import decode, encode, load_tokenizer
 from files import check_ranges, command_line, new_parser, printable
 from model import generate, load_model, stream
 from model.device import choose_device
@@ -30,6 +31,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", default="out/reasoner", help="checkpoint folder")
     parser.add_argument("--teacher", default=None, help="a second folder, to reply too")
     parser.add_argument("--complete", action="store_true", help="continue your text, without turns")
+    told = "words that the models are told first; default those of their own template, if any"
+    parser.add_argument("--system", default=None, help=told)
     greedy = "of sampling; 0: greedy; default 0, with --complete 0.8"
     parser.add_argument("--temperature", type=float, default=None, help=greedy)
     parser.add_argument("--top_k", type=int, default=0, help="sample among the best k; 0: all")
@@ -43,10 +46,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-def stop_ids(tokenizer) -> tuple[int, ...]:
-    return tuple(special_id(tokenizer, name) for name in ("<|im_end|>", "<|endoftext|>"))
 
 
 def complete(model, tokenizer, prompt: str, max_new_tokens: int = 100, seed: int = 0) -> str:
@@ -77,6 +76,8 @@ def reply(model, tokenizer, prompt: list[int], args, generator) -> str:
 
 def main(args) -> None:
     check_ranges(args, temperature=TEMPERATURES)
+    if args.complete and args.system is not None:
+        raise ValueError("--system is of turns: leave it out, or leave out --complete")
     device = choose_device(args.device)
     speakers = []
     for folder in filter(None, (args.model, args.teacher)):
@@ -108,7 +109,7 @@ def main(args) -> None:
                 reply(model, tokenizer, encode(tokenizer, said), args, generator)
                 continue
             turns.append({"role": "user", "content": said})
-            prompt = encode_prompt(tokenizer, turns)
+            prompt = encode_prompt(tokenizer, with_system(turns, args.system))
             content = reply(model, tokenizer, prompt, args, generator)
             turns.append({"role": "assistant", "content": content})
 

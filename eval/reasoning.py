@@ -12,39 +12,51 @@ For every number of steps:
     think_tokens  mean tokens inside <think>...</think>
 
 Every answer is written to a jsonl: counts can be wrong, and the words show how.
+
+A model that others made answers in a form of its own (--answer_form, see dataset/answers.py), and
+may have to be asked for it (--system). well_formed is then the share of replies that have an answer
+in that form, verified is "-", and so is think_tokens where the tokenizer has no tags.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from dataset.problems import check_response, is_answer
+from dataset.answers import FORMS, check_form, is_answer, read_answer
+from dataset.chat import with_system
+from dataset.problems import check_response
 from dataset.replies import MAX_NEW_TOKENS, read_problems, write_replies
-from dataset.tokenizer import decode, load_tokenizer, special_id
+from dataset.tokenizer import TAGS, decode, load_tokenizer
 from eval.beside import settle_out
 from files import atomic_path, check_ranges, command_line, new_parser
 from model import load_model
 from model.device import choose_device, keep_freed_memory
 
 
-def think_tokens(tokenizer, ids: list[int]) -> int:
-    """Tokens between <think> and </think>, or to the end where it is not closed."""
-    opening, closing = special_id(tokenizer, "<think>"), special_id(tokenizer, "</think>")
+def think_tokens(tokenizer, ids: list[int]) -> int | None:
+    """Tokens between <think> and </think>, or to the end where it is not closed; None where the
+    tokenizer has no such tokens."""
+    opening, closing = (tokenizer.token_to_id(tag) for tag in TAGS[:2])
+    if opening is None or closing is None:
+        return None
     if opening not in ids:
         return 0
     rest = ids[ids.index(opening) + 1 :]
     return rest.index(closing) if closing in rest else len(rest)
 
 
-def judge(tokenizer, problem: dict, ids: list[int]) -> dict:
+def judge(tokenizer, problem: dict, ids: list[int], form: str = "tags") -> dict:
     """One line of the answers jsonl."""
     question, reply = problem["turns"][-1]["content"], decode(tokenizer, ids)
-    check = check_response(question, reply)
+    check, formed, checkable = check_response(question, reply), None, form == "tags"
+    if not checkable:
+        formed = read_answer(reply, form) is not None
     return {
         "question": question, "reply": reply, "answer": problem["answer"],
         "steps": problem["steps"],
-        "correct": is_answer(reply, problem["answer"]), "well_formed": check.well_formed,
-        "verified": check.verified if problem.get("checkable", True) else None,
+        "correct": is_answer(reply, problem["answer"], form), "answer_form": form,
+        "well_formed": check.well_formed if checkable else formed,
+        "verified": check.verified if checkable and problem.get("checkable", True) else None,
         "think_tokens": think_tokens(tokenizer, ids),
     }  # fmt: skip
 
@@ -63,16 +75,19 @@ def summarise(judged: list[dict]) -> dict[int, dict]:
 
 
 def evaluate_reasoning(
-    folder, problems_path, answers_path, device, max_new_tokens: int = MAX_NEW_TOKENS
-) -> dict[int, dict]:
+    folder, problems_path, answers_path, device, max_new_tokens: int = MAX_NEW_TOKENS,
+    form: str = "tags", system: str | None = None,
+) -> dict[int, dict]:  # fmt: skip
     """Answer all problems greedily; write the answers; return `summarise`'s table."""
     student, tokenizer = load_model(folder, device), load_tokenizer(folder)
     problems = read_problems(problems_path)
-    replies = write_replies(student, tokenizer, problems, max_new_tokens)
+    check_form(problems, form)
+    asked = [{**problem, "turns": with_system(problem["turns"], system)} for problem in problems]
+    replies = write_replies(student, tokenizer, asked, max_new_tokens)
     if cut := sum(len(ids) == max_new_tokens for ids in replies):
         limit = f"cut at {max_new_tokens} tokens: raise --max_new_tokens"
         print(f"{cut:,} of {len(replies):,} replies of {folder} were {limit}")
-    judged = [judge(tokenizer, p, ids) for p, ids in zip(problems, replies, strict=True)]
+    judged = [judge(tokenizer, p, ids, form) for p, ids in zip(problems, replies, strict=True)]
     with atomic_path(answers_path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in judged]
         temporary.write_text("".join(lines), "utf-8")
@@ -91,6 +106,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
     limit = "of one reply; longer ones are cut, and counted"
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=limit)
+    stands = "where the answer stands in a reply"
+    parser.add_argument("--answer_form", choices=FORMS, default="tags", help=stands)
+    told = "words to tell the model first; default its template's"
+    parser.add_argument("--system", default=None, help=told)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
@@ -100,15 +119,17 @@ def main(args) -> None:
     keep_freed_memory()
     settle_out(args, "answers.jsonl")
     device, most = choose_device(args.device), args.max_new_tokens
-    table = evaluate_reasoning(args.model, args.problems, args.out, device, most)
+    form, told = args.answer_form, args.system
+    table = evaluate_reasoning(args.model, args.problems, args.out, device, most, form, told)
     print(
         f"{'steps':>5} {'problems':>8} {'accuracy':>8} {'formed':>8} {'verified':>8} {'thought':>8}"
     )
     for steps, row in table.items():
         verified = "-" if row["verified"] is None else f"{row['verified']:.1%}"
+        thought = "-" if row["think_tokens"] is None else f"{row['think_tokens']:.1f}"
         print(
             f"{steps or 'all':>5} {row['problems']:8d} {row['accuracy']:8.1%} "
-            f"{row['well_formed']:8.1%} {verified:>8} {row['think_tokens']:8.1f}"
+            f"{row['well_formed']:8.1%} {verified:>8} {thought:>8}"
         )
     print(f"every answer: {args.out}")
 

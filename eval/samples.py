@@ -5,7 +5,8 @@ python -m eval.reproduce prints it in the end, and puts it into RESULTS/README.m
 
 from pathlib import Path
 
-from dataset.problems import check_response, is_answer
+from dataset.answers import is_answer
+from dataset.problems import check_response
 from dataset.replies import read_problems, write_replies
 from dataset.tokenizer import decode, load_tokenizer
 from eval.chat import complete

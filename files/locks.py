@@ -20,7 +20,11 @@ def check_apart(args, presets=(), is_folder: bool = True) -> None:
     a folder, or than a file, is there already. Hashes are remembered beside --out from here on."""
     out = Path(args.out).resolve()
     for name, value in vars(args).items():
-        is_path = name != "out" and isinstance(value, (str, Path)) and str(value) not in presets
+        is_path = (
+            name not in ("out", "system")
+            and isinstance(value, (str, Path))
+            and str(value) not in presets
+        )
         if is_path and value and Path(value).exists():
             read = Path(value).resolve()
             if out / "phases" in read.parents:  # this command made it (run/phases.py)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dataset import prepare
+from dataset.answers import is_answer
 from dataset.chat import ChatData, question_place
 from dataset.packing import PackedText
-from dataset.problems import check_response, is_answer
+from dataset.problems import check_response
 from dataset.replies import read_problems
 from dataset.tokenizer import decode, load_tokenizer
 from files import tokenizer_hash
