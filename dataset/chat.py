@@ -28,7 +28,7 @@ from files import known_hash, tokenizer_hash
 from .packing import epoch_order
 from .problems import answer_of, number_of
 from .sources import LeftOut, read_jsonl
-from .template import template_of
+from .template import template_files, template_of
 from .tokenizer import (
     TAGS,
     encode,
@@ -215,7 +215,7 @@ class ChatData:
                 none = f"none of its {len(found)} conversations falls into the {name} split"
                 raise ValueError(f"{path}: {none} ({val_share:.0%} are held out): add more")
         self.sha256, self.tokenizer_sha256 = known_hash(path), tokenizer_hash(tokenizer_folder)
-        self.files = [path, f"{tokenizer_folder}/tokenizer.json"]
+        self.files = [path, f"{tokenizer_folder}/tokenizer.json", *template_files(self.tokenizer)]
         self.held_out = None
         if split == "train" and val_share > 0:
             self.held_out = copy(self)

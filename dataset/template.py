@@ -65,6 +65,14 @@ def read_template(folder) -> str | None:
     return found
 
 
+def template_files(tokenizer: Tokenizer) -> list[Path]:
+    """The files that conversations are read by, beside tokenizer.json; [] of our own template."""
+    if template_of(tokenizer) is None:
+        return []
+    names = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
+    return [path for name in names if (path := Path(tokenizer.folder, name)).is_file()]
+
+
 def compile_template(source: str):
     """A jinja template with what transformers gives one: the same filters, functions, extensions.
     Raises whatever jinja does."""

@@ -4,8 +4,10 @@ and nothing that was typed becomes a control token. The templates are written he
 import json
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import (
     AddedToken,
     Regex,
@@ -27,6 +29,7 @@ from dataset.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from model import ModelConfig, Transformer
 
 IGNORE = -100
 TEXT = [
@@ -424,12 +427,31 @@ def test_neither_a_template_nor_chatml_is_no_conversation(folder_of, tmp_path):
             call(tokenizer, TALKS["one"][: 2 if call is encode_conversation else 1])
 
 
+def test_what_pads_a_batch_changes_nothing(folder_of, tmp_path, monkeypatch):
+    """Whichever id that is: of a folder of others 0 may be a word."""
+    lines = [{"conversations": talk("hello " * n, "hi")} for n in range(1, 5)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    data = ChatData(path, folder_of("headers"), "train", 64, val_share=0.0)
+    model, found = Transformer(ModelConfig.preset("nano", data.vocab_size)), []
+    for pad in (0, 5, data.vocab_size - 1):
+        monkeypatch.setattr("dataset.chat.PAD_ID", pad)
+        input_ids, labels = data.batch(0, 4, seed=0)
+        assert (input_ids[-1, -1] == pad) and (labels[-1, -1] == IGNORE)
+        found.append(model(input_ids)[labels != IGNORE])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("family", FORMS)
 def test_conversations_are_data_whatever_their_form(family, folder_of, tmp_path):
     lines = [{"conversations": talk(f"question {n}", f"answer {n}")} for n in range(20)]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     data = ChatData(path, folder_of(family), "train", 64, val_share=0.2)
+    named = {"tokenizer.json", "tokenizer_config.json", "chat.jsonl", "chat_template.jinja"}
+    assert {Path(name).name for name in data.files} == {
+        name for name in named if name == "chat.jsonl" or (folder_of(family) / name).is_file()
+    }
     assert data.size + data.held_out.size == 20
     (ending,) = (data.tokenizer.token_to_id(name) for name in FAMILIES[family][3])
     for input_ids, labels in data.evaluation(4, 100):
