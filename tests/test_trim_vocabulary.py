@@ -15,7 +15,7 @@ import train_distillation
 from dataset import prepare, trim_vocabulary
 from dataset.packing import PackedText
 from dataset.smaller_tokenizer import kept_tokens, parts_of, trimmed_tokenizer
-from dataset.tokenizer import decode, encode, load_tokenizer, train_tokenizer
+from dataset.tokenizer import CHAT_TEMPLATE, decode, encode, load_tokenizer, train_tokenizer
 from files import Finished, read_json, write_json
 from model import ModelConfig, Transformer, load_for, load_model, save_model
 from model.vocabulary import kept_rows, vocabulary
@@ -149,7 +149,11 @@ def world(tmp_path_factory, whole):
     folder.mkdir()
     whole.save(str(folder / "tokenizer.json"))
     by_id = {str(i): {"content": "x"} for i in (0, 6)}
-    about = {"chat_template": "T", "added_tokens_decoder": by_id, "eos_token": "<|im_end|>"}
+    about = {
+        "chat_template": CHAT_TEMPLATE,
+        "added_tokens_decoder": by_id,
+        "eos_token": "<|im_end|>",
+    }
     write_json(folder / "tokenizer_config.json", about)
     torch.manual_seed(0)
     config = ModelConfig(720, 32, 3, 2, 1, 16, 48, tie_word_embeddings=False)  # 20 rows too many
@@ -204,7 +208,10 @@ def test_the_files_are_a_checkpoint_like_any_other(world):
     generation = read_json(world / "small" / "generation_config.json")
     assert generation["eos_token_id"] == [end, 0] and generation["pad_token_id"] == 0
     about = read_json(world / "small" / "tokenizer_config.json")
-    assert about["chat_template"] == "T" and about["added_tokens_decoder"].keys() == {"0", "6"}
+    assert about["chat_template"] == CHAT_TEMPLATE and about["added_tokens_decoder"].keys() == {
+        "0",
+        "6",
+    }
     assert (world / "small" / "LICENSE").read_text() == "Apache-2.0"
     kept = read_json(world / "small" / "trimmed.json")["kept"]
     before = load_model(world / "teacher")

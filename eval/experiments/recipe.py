@@ -1,0 +1,264 @@
+"""One field, end to end: a language model that others trained, and students that know the field.
+
+    python -m eval.experiments.recipe                      # Python's own documentation
+    python -m eval.experiments.recipe --text my_notes/     # your folder of .txt and .md files
+
+Each stage is a command of this project, printed before it runs in a process of its own; what is
+done is not done again. docs/recipe.md tells them one by one.
+
+    whole       the teacher as it comes (dataset.fetch_teacher)
+    trimmed     with the tokens that the field uses (dataset.trim_vocabulary)
+    adapted     trimmed, and taught the field's text through an adapter (methods.lora)
+    plain       a student of --layers of the adapted teacher's layers, which learns from labels
+    distilled   the same student, half from labels, half from what the adapted teacher said once
+                (dataset.teacher_cache, methods.cached_teacher): as many tokens as plain
+    plain, equal seconds    plain, for as long as the cache and distilled took together
+
+results.csv has for each: bits per byte on held-out text of the field, and off it on Shakespeare's
+plays (what was forgotten); tokens per second of one greedy continuation; megabytes of the file as
+bfloat16, int8 and int4, embedding included, and the field's loss with weights rounded to these.
+answers.md has what each answers to twenty questions.
+"""
+
+import csv
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dataset import PackedText
+from dataset.chat import encode_prompt
+from dataset.tokenizer import decode, encode, load_tokenizer
+from eval.report import table
+from files import atomic_path, check_ranges, command_line, lock, new_parser, read_json, write_json
+from files.atomic import check_path
+from model import Transformer, generate, load_model
+from model.device import choose_device, describe_device, keep_freed_memory
+from model.quantize import quantized_weights, save_quantized
+from run import evaluate
+
+RANGES = {"adapt_steps": (1, 10**6), "layers": (1, 1000), "windows": (1, 10**6)}
+WORDS, ANSWER, OFF_FIELD = 64, 48, 64  # tokens that are timed, of an answer; windows off the field
+MODELS = {  # the folder of each
+    "whole": "teacher", "trimmed": "trimmed", "adapted": "adapted", "plain": "plain",
+    "distilled": "distilled", "plain, equal seconds": "plain_longer",
+}  # fmt: skip
+QUESTIONS = """
+What does the pass statement do?
+What is a lambda expression?
+How do I raise an exception?
+What does the with statement do?
+What is the difference between a list and a tuple?
+What does the nonlocal statement do?
+How do I catch an exception?
+What does the del statement do?
+What is a dictionary?
+What does the yield expression do?
+What is the value of an empty list in a boolean test?
+How do I write a comment?
+What does the global statement do?
+What is the difference between break and continue?
+What does the assert statement do?
+How do I define a class?
+What is slicing?
+What does the import statement do?
+What is None?
+What does the operator ** compute?
+""".strip().splitlines()
+
+
+def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
+    """(what it makes, its command) of each stage, in order."""
+    teacher, text, trimmed = args.teacher or root / "teacher", args.text, root / "trimmed"
+    if args.teacher is None:
+        yield "teacher", ["-m", "dataset.fetch_teacher", "--out", teacher]
+    few = ["--problems", 20, "--prompts", 5, "--test_problems", 5]
+    field = ["--text", text]
+    if text is None:
+        docs = root / "python_docs"
+        yield "python_docs", ["-m", "dataset.python_docs", "--out", docs]
+        field = ["--jsonl", docs / "train.jsonl", "--held_out", docs / "held_out.jsonl"]
+
+    def prepare(name: str, tokenizer: Path, source: list) -> tuple[str, list]:
+        more = ["--tokenizer", tokenizer, *few, "--out", root / name]
+        return name, ["-m", "dataset.prepare", *source, *more]
+
+    yield prepare("whole_data", teacher, field)
+    words = ["--model", teacher, "--data", root / "whole_data", "--out", trimmed]
+    yield "trimmed", ["-m", "dataset.trim_vocabulary", *words]
+    yield prepare("data", trimmed, field)
+    other = ["--text", args.other] if args.other else ["--cache", root / "cache"]
+    yield prepare("whole_other", teacher, other)
+    yield prepare("other", trimmed, other)
+    data = ["--data", root / "data", "--seq_len", args.seq_len]
+    budget = ["--batch_size", 8, "--warmup", 5, "--eval_every", 10**6, "--final_eval", args.windows]
+    adapted, cache, budget = root / "adapted", root / "sample.cache", data + budget
+    own = ["--student", trimmed, "--teacher", trimmed, "--teacher_steps", 0, "--alpha", 1.0]
+    own += ["--rank", 8, "--learning_rate", 0.001, "--steps", args.adapt_steps]
+    yield "adapted", ["-m", "methods.lora", *own, *budget, "--out", adapted]
+    words = ["--teacher", adapted, *data, "--method", "sample", "--k", 64, "--out", cache]
+    yield "sample.cache", ["-m", "dataset.teacher_cache", *words]
+    pair = ["--teacher", adapted, "--student", f"layers:{args.layers}", *budget]
+    steps, seed = ["--steps", args.steps], ["--seed", args.seed]
+    words = [*pair, *steps, *seed, "--teacher_cache", cache, "--out", root / "distilled"]
+    yield "distilled", ["-m", "methods.cached_teacher", *words]
+    labels = ["train_distillation.py", *pair, *seed, "--alpha", 1.0]
+    yield "plain", [*labels, *steps, "--out", root / "plain"]
+    took = read_json(root / "stages.json")
+    seconds = read_json(root / "distilled" / "run.json")["seconds"]
+    seconds += took["sample.cache"]["seconds"]
+    words = ["--seconds", f"{seconds:.0f}", "--out", root / "plain_longer"]
+    yield "plain_longer", [*labels, *words]
+
+
+def run_stages(root: Path, args) -> None:
+    """Run what is not done yet; stages.json has the command of each, and the seconds it took.
+    Raises ValueError where a stage was done by another command, or fails."""
+    path = root / "stages.json"
+    done = read_json(path) if path.is_file() else {}
+    write_json(path, done)
+    for name, words in commands(root, args):
+        command = shlex.join(["python", *map(str, words)])
+        if name in done:
+            if done[name]["command"] != command:
+                before = f"{root / name} was made by another command ({done[name]['command']})"
+                raise ValueError(f"{before}: pass another --root, or delete this one")
+            continue
+        more = ["--resume"] if (root / name / "resume").is_dir() else []
+        print(f"\n$ {command}", *more, flush=True)
+        started = time.perf_counter()
+        if code := run_command([*map(str, words), *more]):
+            raise ValueError(f"the command above ended with exit code {code}: see what it says")
+        done[name] = {"command": command, "seconds": round(time.perf_counter() - started, 1)}
+        write_json(path, done)
+
+
+def run_command(words: list[str]) -> int:
+    """Its exit code. A process of its own: what it takes of memory is given back."""
+    return subprocess.run([sys.executable, *words]).returncode
+
+
+@torch.no_grad()
+def measure(root: Path, name: str, args) -> dict:
+    """The row of one model."""
+    folder = Path(args.teacher or root / "teacher") if name == "whole" else root / MODELS[name]
+    prefix, device = "whole_" if name == "whole" else "", choose_device("auto")
+    model, row = load_model(folder, device), {"model": name}
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    row |= {key: record.get(key, "") for key in ("tokens", "seconds", "flops", "peak_memory_mb")}
+    row["parameters"] = model.num_parameters()
+    field = PackedText(root / f"{prefix}data", "val", args.seq_len)
+    other = PackedText(root / f"{prefix}other", "val", args.seq_len)
+    for place, text, most in (("field", field, args.windows), ("other", other, OFF_FIELD)):
+        found = evaluate(model, text.evaluation(8, most), text.bytes_per_token)
+        row |= {
+            f"{place}_loss": found["val_loss"],
+            f"{place}_bits_per_byte": found["bits_per_byte"],
+        }
+    prompt = field.stream[:32].tolist()
+    started = time.perf_counter()
+    made = sum(map(len, generate(model, [prompt], WORDS)))
+    row["tokens_per_second"] = made / (time.perf_counter() - started)
+    row["bfloat16_mb"] = 2 * model.num_parameters() / 1e6
+    for bits in (8, 4):
+        row[f"int{bits}_mb"] = save_quantized(model, root, bits, embeddings=True) / 1e6
+        rounded = Transformer(model.config).to(device).eval()
+        rounded.load_state_dict(quantized_weights(model, bits, True), strict=False)
+        found = evaluate(rounded, field.evaluation(8, args.windows), field.bytes_per_token)
+        row[f"int{bits}_bits_per_byte"] = found["bits_per_byte"]
+    (root / "quantized.safetensors").unlink()
+    return {**row, "seed": args.seed, "device": describe_device(device)}
+
+
+def answers(root: Path, args) -> str:
+    """Markdown: each question, and the beginning of what each model writes to it, greedily. The
+    teacher as it comes is asked in its chat template, too."""
+    written = {}
+    for name in MODELS:
+        folder = Path(args.teacher or root / "teacher") if name == "whole" else root / MODELS[name]
+        model, tokenizer = load_model(folder, choose_device("auto")), load_tokenizer(folder)
+        prompts = [encode(tokenizer, f"Question: {q}\nAnswer:") for q in QUESTIONS]
+        written[name] = [decode(tokenizer, ids) for ids in generate(model, prompts, ANSWER)]
+        if name == "whole":
+            asked = [[{"role": "user", "content": f"In Python: {q}"}] for q in QUESTIONS]
+            prompts = [encode_prompt(tokenizer, turns) for turns in asked]
+            found = generate(model, prompts, ANSWER)
+            written["whole, in a chat"] = [decode(tokenizer, ids) for ids in found]
+    blocks = []
+    for number, question in enumerate(QUESTIONS):
+        lines = [f"## {question}", ""]
+        for name, texts in written.items():
+            text = " ".join(texts[number].split("Question:")[0].split()).replace("`", "'")
+            lines.append(f"- {name}: `{text or '(nothing)'}`")
+        blocks.append("\n".join(lines))
+    title = f"# Answers\n\nGreedy, {ANSWER} tokens, after `Question: ...` and `Answer:`.\n"
+    return "\n\n".join([title.rstrip(), *blocks]) + "\n"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        short = ({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        writer.writerows(short)
+
+
+def summary(rows: list[dict], took: dict) -> str:
+    """The table that is printed, and how long the stages took."""
+    columns = ["model", "M parameters", "seconds", "bits/byte: field", "int8", "int4",
+               "bits/byte: off it", "tokens/s", "MB: bf16", "int8", "int4"]  # fmt: skip
+    cells = []
+    for row in rows:
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
+        names = ("field", "int8", "int4", "other")
+        field, int8, int4, other = (f"{row[f'{name}_bits_per_byte']:.3f}" for name in names)
+        sizes = [f"{row[f'{name}_mb']:.0f}" for name in ("bfloat16", "int8", "int4")]
+        cells.append([row["model"], f"{row['parameters'] / 1e6:.1f}", seconds, field, int8, int4,
+                      other, f"{row['tokens_per_second']:.1f}", *sizes])  # fmt: skip
+    spent = {name: stage["seconds"] / 60 for name, stage in took.items()}
+    minutes = ", ".join(f"{name} {minutes:.1f}" for name, minutes in spent.items())
+    total = sum(spent.values())
+    return f"{table(columns, cells)}\n\nMinutes of each stage: {minutes}; together {total:.0f}.\n"
+
+
+def parse_args(argv=None):
+    parser = new_parser(__doc__, **RANGES)
+    add = parser.add_argument
+    add("--teacher", type=Path, help="checkpoint folder; default: fetched (SmolLM2-135M-Instruct)")
+    add("--text", type=Path, help="the field: a text or a folder; default Python's documentation")
+    add("--other", type=Path, help="a text off the field; default Shakespeare's plays")
+    add("--root", type=Path, default=Path("out/recipe"), help="folder of all that is made")
+    where = Path("results/recipe")
+    add("--results", type=Path, default=where, help="folder of results.csv and answers.md")
+    add("--layers", type=int, default=15, help="of the student")
+    add("--adapt_steps", type=int, default=60, help="of the teacher's adapter")
+    add("--steps", type=int, default=100, help="of the students, 8 sequences each")
+    add("--seq_len", type=int, default=128, help="tokens of a sequence")
+    add("--windows", type=int, default=80, help="held-out sequences of the field, at most")
+    add("--seed", type=int, default=0, help="of the students' batches")
+    return parser.parse_args(argv)
+
+
+def main(args) -> list[dict]:
+    check_ranges(args, **RANGES)
+    for folder in (args.root, args.results):
+        check_path(folder, is_folder=True)
+        lock(folder)
+    keep_freed_memory()
+    run_stages(args.root, args)
+    rows = [measure(args.root, name, args) for name in MODELS]
+    took = read_json(args.root / "stages.json")
+    write_csv(args.results / "results.csv", rows)
+    for name, text in (("answers.md", answers(args.root, args)), ("table.md", summary(rows, took))):
+        with atomic_path(args.results / name) as temporary:
+            temporary.write_text(text, "utf-8")
+    print(f"\n{summary(rows, took)}\n{args.results}: results.csv, table.md, answers.md")
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(main, parse_args())
