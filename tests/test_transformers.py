@@ -1,7 +1,7 @@
 """The library that people use computes the same: it reads what is written here, and what it writes,
 or what others wrote as GGUF, is read here.
 
-All tests that import transformers or peft are in this file: the import alone takes 8 seconds.
+Tests of models that import transformers or peft are all in this file: the import takes 8 seconds.
 """
 
 from dataclasses import replace
