@@ -3,6 +3,7 @@ and nothing that was typed becomes a control token. The templates are written he
 
 import json
 import random
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from tokenizers import (
     trainers,
 )
 
+from dataset import prepare
 from dataset.chat import ChatData, encode_conversation, encode_prompt, stop_ids, with_system
+from dataset.packing import PackedText
 from dataset.template import GUARD, OWN, SEAM, read_template, template_of
 from dataset.tokenizer import (
     CHAT_TEMPLATE,
@@ -29,7 +32,8 @@ from dataset.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, save_model
+from tests.short_runs import run
 
 IGNORE = -100
 TEXT = [
@@ -457,3 +461,35 @@ def test_conversations_are_data_whatever_their_form(family, folder_of, tmp_path)
     for input_ids, labels in data.evaluation(4, 100):
         assert input_ids.shape == labels.shape
         assert ((labels == ending).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("family", ["instruct", "headers"])
+def test_a_student_of_prepared_text_talks_and_stops_as_its_tokenizers_model(
+    family, folder_of, theirs, tmp_path
+):
+    """What training saves is read by transformers: the same chat, the same ends."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    source, (_, _, named, (ending,)) = tmp_path / "source", FAMILIES[family]
+    shutil.copytree(folder_of(family), source)
+    tokenizer = load_tokenizer(source)
+    ends = [tokenizer.token_to_id(ending), tokenizer.token_to_id(named["eos_token"])]
+    generation = {"eos_token_id": ends, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "text.txt").write_text("".join(TEXT) * 3, "utf-8")
+    words = ["--text", tmp_path / "text.txt", "--tokenizer", source, "--out", tmp_path / "data"]
+    words += ["--problems", 9, "--prompts", 3, "--test_problems", 3]
+    run(prepare, *words)
+    text = PackedText(tmp_path / "data", "train", 16)
+    save_model(
+        Transformer(ModelConfig.preset("nano", text.vocab_size)), tmp_path / "out", text.folder
+    )
+    saved = transformers.GenerationConfig.from_pretrained(str(tmp_path / "out"))
+    assert saved.eos_token_id == list(dict.fromkeys(ends))
+    assert saved.bos_token_id == tokenizer.token_to_id(named["bos_token"])
+    assert saved.pad_token_id is None and not saved.do_sample
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "out"))
+    turns, own = TALKS["long"], load_tokenizer(tmp_path / "out")
+    expected = theirs(family).apply_chat_template(turns)["input_ids"]
+    assert other.apply_chat_template(turns)["input_ids"] == expected
+    assert encode_conversation(own, turns)[0] == expected[:-1]
+    assert set(stop_ids(own)) == set(ends)
