@@ -3,6 +3,7 @@ counted, and answers are looked for where they were said to be."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,14 +40,17 @@ def prompts(tmp_path):
 
 
 def test_replies_are_batched_by_the_memory_that_they_take():
-    with torch.device("meta"):
-        small, large = Transformer(ModelConfig.preset("nano", 400)), Transformer(SMOLLM2)
+    small, large, half = (
+        SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=torch.zeros(1, dtype=dtype)))
+        for config, dtype in ((ModelConfig.preset("nano", 400), torch.float32),
+                              (SMOLLM2, torch.float32), (SMOLLM2, torch.bfloat16))
+    )  # fmt: skip
     assert replies.batch_rows(small, 1024) == 100  # as ever
     row = 30 * 3 * 64 * 2 * 4  # bytes: layers, heads, their width, key and value, float32
     for positions in (300, 1000, 8192):
         rows = replies.batch_rows(large, positions)
         assert rows * row * positions <= 2**30 < (rows + 1) * row * positions
-    assert replies.batch_rows(large.bfloat16(), 1000) == 2**30 // (row * 1000 // 2)
+    assert replies.batch_rows(half, 1000) == 2**30 // (row * 1000 // 2)
     assert replies.batch_rows(large, 10**6) == 1
 
 
