@@ -88,6 +88,9 @@ def evaluate_reasoning(
         limit = f"cut at {max_new_tokens} tokens: raise --max_new_tokens"
         print(f"{cut:,} of {len(replies):,} replies of {folder} were {limit}")
     judged = [judge(tokenizer, p, ids, form) for p, ids in zip(problems, replies, strict=True)]
+    for line, ids in zip(judged, replies, strict=True):
+        if form == "last" and len(ids) == max_new_tokens:  # its last number is still to come
+            line |= {"correct": False, "well_formed": False}
     with atomic_path(answers_path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in judged]
         temporary.write_text("".join(lines), "utf-8")

@@ -134,6 +134,9 @@ def test_reasoning_reads_the_form_that_is_said(form, right, folder, prompts, mon
         asked.extend(problem["turns"][0] for problem in problems)
         return [encode(tokenizer, text) for text in ("#### 0", "2", "none", "2\n#### 6")]
 
+    def cut(model, tokenizer, problems, *_):
+        return [encode(tokenizer, f"#### {2 * n} x")[:-1] for n in range(4)]
+
     monkeypatch.setattr(reasoning, "write_replies", answer)
     out = prompts.parent / "answers.jsonl"
     flags = ["--model", folder, "--problems", prompts, "--out", out, "--device", "cpu"]
@@ -146,6 +149,12 @@ def test_reasoning_reads_the_form_that_is_said(form, right, folder, prompts, mon
     rows = [x.split() for x in capsys.readouterr().out.splitlines()]
     (row,) = [row for row in rows if row[:1] == ["all"]]
     assert row == ["all", "4", f"{sum(right) / 4:.1%}", formed, "-", "0.0"]
+    # Of a reply that was cut, the last number is still to come; what follows #### is there.
+    monkeypatch.setattr(reasoning, "write_replies", cut)
+    most = len(cut(None, load_tokenizer(folder), [])[0])
+    run(reasoning, *flags, "--answer_form", form, "--max_new_tokens", most, "--overwrite")
+    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [line["correct"] for line in lines] == [form == "gsm8k"] * 4
 
 
 def test_without_tags_no_thought_is_counted(folder):
