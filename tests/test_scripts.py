@@ -349,8 +349,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 def test_another_tokenizer_is_refused_with_the_cure(prepared_folder, teacher, tmp_path):
     folder = shutil.copytree(prepared_folder, tmp_path / "data")
-    with open(folder / "tokenizer.json", "a") as file:
-        file.write("\n")
+    content = read_json(folder / "tokenizer.json")
+    ids = content["model"]["vocab"]
+    first, second = list(ids)[-2:]
+    ids[first], ids[second] = ids[second], ids[first]  # of the same size: two tokens change places
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     meta = read_json(folder / "meta.json")
     meta["tokenizer_sha256"] = file_hash(folder / "tokenizer.json")
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
