@@ -175,5 +175,5 @@ def test_what_cannot_be_is_refused(prepared_folder, chain, tmp_path):
         run(experts_to_dense, *flags, "--teacher", sparse, "--student", "micro")
     with pytest.raises(ValueError, match="4 experts per token of 3: use fewer"):
         run(experts_to_dense, *flags, *PHASE, "--experts_per_token", 4)
-    with pytest.raises(ValueError, match="leave --fsdp out"):
+    with pytest.raises(ValueError, match="leave --fsdp, --teacher_dtype"):
         run(experts_to_dense, *flags, "--fsdp")

@@ -111,7 +111,7 @@ def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
     took = read_json(root / "stages.json")
     seconds = read_json(root / "distilled" / "run.json")["seconds"]
     seconds += took["sample.cache"]["seconds"]
-    words = ["--seconds", f"{seconds:.0f}", "--out", root / "plain_longer"]
+    words = ["--seconds", f"{max(1, seconds):.0f}", "--out", root / "plain_longer"]
     yield "plain_longer", [*labels, *words]
 
 
