@@ -21,8 +21,8 @@ from torch import nn
 
 import files
 from files import command_line
-from files.atomic import UNFINISHED, atomic_folder
-from model import load_model, save_model
+from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
+from model import kept_dtype, load_model, save_model
 from model.control import content_of
 
 from .tokenizer import TAGS, load_tokenizer
@@ -64,13 +64,11 @@ def main(args) -> None:
     files.check_free(args.out, ("manifest.json", UNFINISHED), args.overwrite)
     if (args.out / "manifest.json").exists() and not args.overwrite:
         raise ValueError(f"{args.out} holds a model: pass --overwrite to replace it")
-    dtype = content_of(args.model, "config.json")
-    dtype = getattr(torch, str(dtype.get("dtype", dtype.get("torch_dtype"))), None)
-    halves = (torch.bfloat16, torch.float16)
-    model = load_model(args.model, dtype=dtype if dtype in halves else torch.float32)
+    model = load_model(args.model, dtype=kept_dtype(args.model))
     tokens, before = known.get_vocab_size(), model.config.vocab_size
     grow_rows(model, tokens, len(missing))
-    with atomic_folder(args.out, last="model.safetensors") as out:
+    stale = of_model_in(args.out, "manifest.json")
+    with atomic_folder(args.out, "model.safetensors", stale) as out:
         files.copy_tokenizer(args.model, out)
         shutil.copyfile(Path(args.model, "config.json"), out / "config.json")  # its ids are kept
         tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -87,6 +85,8 @@ def main(args) -> None:
                 listed[str(tokenizer.token_to_id(tag))] = token
             files.write_json(path, config)
         save_model(model, out)
+        for path in terms_in(args.model):
+            shutil.copyfile(path, out / path.name)
     files.unlock(args.out)
     rows = model.config.vocab_size
     grown = f"{rows - before} rows added" if rows > before else "in rows that were spare"

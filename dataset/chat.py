@@ -215,7 +215,7 @@ class ChatData:
                 none = f"none of its {len(found)} conversations falls into the {name} split"
                 raise ValueError(f"{path}: {none} ({val_share:.0%} are held out): add more")
         self.sha256, self.tokenizer_sha256 = known_hash(path), tokenizer_hash(tokenizer_folder)
-        self.files = [path, f"{tokenizer_folder}/tokenizer.json", *template_files(self.tokenizer)]
+        self.files = [path, *template_files(self.tokenizer)]
         self.held_out = None
         if split == "train" and val_share > 0:
             self.held_out = copy(self)
@@ -232,6 +232,8 @@ class ChatData:
         tags = tuple(special_id(self.tokenizer, tag) for tag in TAGS)
         template = template_of(self.tokenizer)
         ends = template.end_ids() if template is not None else control_tokens(self.tokenizer)[1:]
+        if not ends:
+            raise ValueError(f"{template.what} ends no reply to a user's turn: use another model")
         return tags, ends[0]
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:

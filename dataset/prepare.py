@@ -164,8 +164,11 @@ def main(args) -> None:
         "val_share": val_share, "content": hashlib.sha256(content).hexdigest(),
         "tokenizer": args.tokenizer and files.tokenizer_hash(args.tokenizer),
     }  # fmt: skip
+    if args.tokenizer is not None:  # its chat template, and the ids that end a text
+        paths = files.tokenizer_paths(args.tokenizer)
+        made_from["tokenizer_files"] = {path.name: files.known_hash(path) for path in paths}
     check_prepared(args.out, made_from, args.overwrite)
-    with atomic_folder(args.out, last="meta.json") as out:
+    with atomic_folder(args.out, "meta.json", stale=TOKENIZER_FILES) as out:
         for split, lines in reasoning.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             with files.atomic_path(out / f"reason_{split}.jsonl") as temporary:
@@ -191,8 +194,6 @@ def main(args) -> None:
             print(f"the text fills a vocabulary of {size}, not {args.vocab_size}")
         written = {path.name: files.file_hash(path) for path in sorted(out.iterdir())}
         files.write_json(out / "meta.json", {**about, "files": written, "made_from": made_from})
-    for name in {*TOKENIZER_FILES} - {*written}:
-        (args.out / name).unlink(missing_ok=True)  # of the tokenizer before
     files.unlock(args.out)
     train, val = (f"{about[split]['tokens']:,}" for split in ("train", "val"))
     problems = " + ".join(f"{len(lines):,} ({split})" for split, lines in reasoning.items())

@@ -26,13 +26,12 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from files import check_file, read_json
-from model.control import named_tokens
+from files import as_value_error, tokenizer_paths
+from model.control import CURE, named_tokens, read_template
 
-from .tokenizer import CHAT_TEMPLATE, TAGS, as_value_error
+from .tokenizer import CHAT_TEMPLATE, TAGS
 
 GUARD, OWN, SEAM = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters: no text has them
-CURE = "use a model that was taught to chat, or put its chat_template.jinja into the folder"
 
 
 def template_of(tokenizer: Tokenizer) -> "Template | None":
@@ -46,31 +45,11 @@ def template_of(tokenizer: Tokenizer) -> "Template | None":
     return tokenizer.template
 
 
-def read_template(folder) -> str | None:
-    """The source of a folder's chat template. Raises ValueError for what is not one."""
-    folder = Path(folder)
-    if (path := folder / "chat_template.jinja").exists():
-        with as_value_error(f"{path} is not text", "download it again"):
-            return check_file(path).read_text("utf-8")
-    if not (path := folder / "tokenizer_config.json").is_file():
-        return None
-    found = read_json(path).get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-        found = named.get("default")
-        if found is None:
-            raise ValueError(f"{path} has no chat template called 'default': {CURE}")
-    if not isinstance(found, str | None):
-        raise ValueError(f"{path}: chat_template is no text: {CURE}")
-    return found
-
-
 def template_files(tokenizer: Tokenizer) -> list[Path]:
-    """The files that conversations are read by, beside tokenizer.json; [] of our own template."""
+    """The files that conversations are read by; tokenizer.json alone by our own template."""
     if template_of(tokenizer) is None:
-        return []
-    names = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
-    return [path for name in names if (path := Path(tokenizer.folder, name)).is_file()]
+        return [Path(tokenizer.folder, "tokenizer.json")]
+    return tokenizer_paths(tokenizer.folder)
 
 
 def compile_template(source: str):
@@ -203,6 +182,7 @@ class Template:
                 cure = "begin the assistant's words as it does, or train on single replies"
                 raise ValueError(f"{other} in the whole conversation: {cure}")
             starts.append(len(prompt))
+            last = turns[place]["content"]
         written, own = text[: starts[0]] if starts else text, []
         for start, following, ending in zip(starts, [*starts[1:], None], endings, strict=False):
             reply, before = text[start:following], self.ids(written)  # with the prompt of the next
@@ -211,6 +191,13 @@ class Template:
                 raise ValueError(f"{self.what} ends no reply by a control token, {never}: {CURE}")
             if self.ids(written + reply)[: len(before)] != before:
                 written += SEAM
+            lost = [tag for tag in TAGS if following is None and tag in last and tag not in reply]
+            if lost and not opening:  # DeepSeek's drops all up to </think>
+                cure = "leave such spans out (--answers_only), or use another model"
+                raise ValueError(f"{self.what} drops the {lost[0]} of a reply: {cure}")
+            if ending not in reply:
+                other = f"{self.what} ends replies by {ending}, but not {reply[:40]!r}"
+                raise ValueError(f"{other}: leave that out, or use another model")
             end = reply.find(ending) + len(ending)
             learned = len(self.ids(written + reply[:end]))
             own += [False] * (len(before) - len(own)) + [True] * (learned - len(before))

@@ -8,13 +8,12 @@ how their models talk.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import atomic_path, check_file, read_json, write_json
+from files import as_value_error, atomic_path, check_file, read_json, write_json
 from model.control import control_ids
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # ids 3 to 6
@@ -59,17 +58,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     write_json(Path(folder) / "tokenizer_config.json", config)
-
-
-@contextmanager
-def as_value_error(what: str, cure: str) -> Iterator[None]:
-    """What the library raises, as ValueError: a bare Exception, and of a panic not even that."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise ValueError(f"{what} ({error}): {cure}") from None
 
 
 def load_tokenizer(folder) -> Tokenizer:

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 
 import files
 from files import command_line, new_parser, read_json, write_json
-from files.atomic import UNFINISHED, atomic_folder
+from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
 from model import Transformer, kept_dtype, load_model, save_model
 from model.checkpoint import checkpoint_files
 from model.vocabulary import select_rows
@@ -128,20 +128,22 @@ def write_trimmed(folder: Path, out: Path, model: Transformer, kept: dict[str, i
     write_json(out / "tokenizer.json", trimmed_tokenizer(content, kept))
     if (path := out / "tokenizer_config.json").is_file():
         config = read_json(path)
-        if by_id := config.get("added_tokens_decoder"):
+        if isinstance(by_id := config.get("added_tokens_decoder"), dict):
             numbers = {i: moved[int(i)] for i in by_id if i.isdigit() and int(i) in moved}
             config["added_tokens_decoder"] = {str(new): by_id[i] for i, new in numbers.items()}
         write_json(path, config)
-    dtype = kept_dtype(folder)
-    save_model(model.to(dtype), out)
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            own = read_json(folder / name)
-            ids = {k: [moved[i] for i in v if i in moved] for k, v in named_ids(own).items()}
-            ids = {k: v if isinstance(own[k], list) else (v or [None])[0] for k, v in ids.items()}
-            own = {"dtype": str(dtype).removeprefix("torch.")} if name == "config.json" else {}
-            write_json(out / name, read_json(out / name) | ids | own)
-    for path in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
+    own = {}
+    for path in (out / "config.json", out / "generation_config.json"):
+        if (folder / path.name).is_file():
+            before = read_json(folder / path.name)
+            ids = {k: [moved[i] for i in v if i in moved] for k, v in named_ids(before).items()}
+            ids = {k: v if type(before[k]) is list else (v or [None])[0] for k, v in ids.items()}
+            own[path] = before | ids
+            write_json(path, own[path])
+    save_model(model.to(kept_dtype(folder)), out)  # which keeps the ids that it finds there
+    for path in (path for path in own if path.name == "generation_config.json"):
+        write_json(path, own[path])  # as it was, with other settings
+    for path in terms_in(folder):
         shutil.copyfile(path, out / path.name)
 
 
@@ -150,13 +152,16 @@ def main(args) -> dict:
     tokenizer, content = load_tokenizer(args.model), read_json(args.model / "tokenizer.json")
     data = args.data / "meta.json" if args.data.is_dir() else args.data
     documents = ids_of(args, tokenizer)
-    read = [*checkpoint_files(args.model), data]
+    read = [*checkpoint_files(args.model), *files.tokenizer_paths(args.model), data]
     made_from = {path.name: files.known_hash(path) for path in read}
     files.lock(args.out, wait=True)
     files.check_free(args.out, (RECORD, UNFINISHED), args.overwrite)
     if (args.out / RECORD).is_file() and not args.overwrite:
-        if read_json(args.out / RECORD, made_from=dict)["made_from"] != made_from:
-            cure = "pass --overwrite to replace it, or another --out"
+        cure = "pass --overwrite to replace it, or another --out"
+        before = read_json(args.out / RECORD, made_from=dict, files=dict)
+        written = {str(args.out / name): digest for name, digest in before["files"].items()}
+        files.check_unchanged(written, args.out, cure)
+        if before["made_from"] != made_from:
             raise ValueError(f"{args.out} was trimmed from another model or for other data: {cure}")
         raise files.Finished(f"{args.out}: trimmed already, from the same model and data")
     used = set()
@@ -176,11 +181,10 @@ def main(args) -> dict:
         "made_from": made_from, "tokens_before": size, "tokens": len(rows),
         "mass_left_out": mass, "nats_left_out": nats, "kept": rows,
     }  # fmt: skip
-    with atomic_folder(args.out, last=RECORD) as out:
+    with atomic_folder(args.out, RECORD, of_model_in(args.out, RECORD)) as out:
         write_trimmed(args.model, out, model, kept)
-        write_json(out / RECORD, record)
-    if not (args.model / "tokenizer_config.json").is_file():
-        (args.out / "tokenizer_config.json").unlink(missing_ok=True)  # of the one before
+        written = {path.name: files.file_hash(path) for path in sorted(out.iterdir())}
+        write_json(out / RECORD, record | {"files": written})
     files.unlock(args.out)
     fewer = f"{size:,} -> {len(rows):,} tokens, {parameters:,} -> {model.num_parameters():,}"
     others = f"the others had {mass:.2%} of the model's mass on this data"

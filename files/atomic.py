@@ -42,10 +42,11 @@ def atomic_path(path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+def atomic_folder(folder: Path, last: str, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """`with atomic_folder(f, last) as new:` the files of `new`, f/UNFINISHED, replace those of the
-    same names in `f` if nothing failed. The one named `last` does so last: without it `f` is not
-    whole, and as long as there is f/UNFINISHED, it is ours."""
+    same names in `f` if nothing failed; of those named in `stale` the ones go that `new` has not,
+    for they would be read along. The one named `last` moves last: without it `f` is not whole, and
+    as long as there is f/UNFINISHED, it is ours."""
     new = folder / UNFINISHED
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir(parents=True)
@@ -54,10 +55,23 @@ def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new)
         raise
-    (folder / last).unlink(missing_ok=True)
+    for name in (last, *(name for name in stale if not (new / name).exists())):
+        (folder / name).unlink(missing_ok=True)
     for path in sorted(new.iterdir(), key=lambda path: path.name == last):
         move(path, folder / path.name)
     new.rmdir()
+
+
+def terms_in(folder) -> list[Path]:
+    """The licence that lies in a folder, and its notices."""
+    return sorted(p for name in ("LICENSE*", "NOTICE*") for p in Path(folder).glob(name))
+
+
+def of_model_in(folder: Path, mark: str) -> tuple[str, ...]:
+    """The names of files in `folder` that would be taken for a new model's: those of a tokenizer
+    and, where `mark` lies there, so that we made what is there, its terms."""
+    terms = terms_in(folder) if (folder / mark).is_file() else []
+    return (*TOKENIZER_FILES, *(path.name for path in terms))
 
 
 def move(source: Path, target: Path) -> None:
@@ -121,6 +135,12 @@ def check_keys(value: dict, where, **kinds: type) -> dict:
             wrong = f"{name!r} is missing" if name not in value else f"{name!r} is {found!r:.60}"
             raise ValueError(f"{where} is damaged ({wrong}): make it again")
     return value
+
+
+def tokenizer_paths(folder) -> list[Path]:
+    """The files that say how a folder's model reads, talks and ends: TOKENIZER_FILES, as far as
+    there are any."""
+    return [path for name in TOKENIZER_FILES if (path := Path(folder, name)).is_file()]
 
 
 def copy_tokenizer(source, folder) -> None:

@@ -7,6 +7,8 @@ import argparse
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,17 @@ CACHED = "python -m methods.cached_teacher --teacher_cache FILE"
 
 class Finished(Exception):
     """Raised where a resumed command finds nothing left to do."""
+
+
+@contextmanager
+def as_value_error(what: str, cure: str) -> Iterator[None]:
+    """What the library raises, as ValueError: a bare Exception, and of a panic not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({error}): {cure}") from None
 
 
 class Parser(argparse.ArgumentParser):

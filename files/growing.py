@@ -24,7 +24,7 @@ class GrowingFile:
         if path.exists():
             self.record = read_json(self.record_path, **{k: type(v) for k, v in new.items()})
             before = self.record["options"]
-            check_unchanged(before.get("made_from", {}), path, cure)
+            check_unchanged(before.get("made_from", {}), path, cure, options.get("made_from", {}))
             if self.record.keys() != new.keys() or before != options:
                 other = {k: v for k, v in before.items() if options.get(k) != v}
                 raise ValueError(f"{path} was begun with other flags ({other}): use those, {cure}")

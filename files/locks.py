@@ -14,14 +14,16 @@ from .origin import remember_hashes
 held: dict[str, FileLock] = {}
 
 
-def check_apart(args, presets=(), is_folder: bool = True) -> None:
-    """Raise ValueError where --out is, holds, or lies in what another flag names (but `presets`),
-    symlinks followed, or that is what is written beside a file, OUT.*; or where something else than
-    a folder, or than a file, is there already. Hashes are remembered beside --out from here on."""
-    out = Path(args.out).resolve()
+def check_apart(args, presets=(), is_folder: bool = True, flag: str = "out") -> None:
+    """Raise ValueError where --out (or `flag`) is, holds, or lies in what another flag names (but
+    `presets`), symlinks followed, or that is what is written beside a file, OUT.*; or where
+    something else than a folder, or than a file, is there already. Hashes are remembered beside
+    --out from here on."""
+    written = getattr(args, flag)
+    out = Path(written).resolve()
     for name, value in vars(args).items():
         is_path = (
-            name not in ("out", "system")
+            name not in (flag, "system")
             and isinstance(value, (str, Path))
             and str(value) not in presets
         )
@@ -31,9 +33,9 @@ def check_apart(args, presets=(), is_folder: bool = True) -> None:
                 continue
             beside = out.parent == read.parent and read.name.startswith(f"{out.name}.")
             if out in (read, *read.parents) or read in out.parents or (beside and not is_folder):
-                place = f"--out {args.out} would write where --{name} {value} is read"
-                raise ValueError(f"{place}: pass an --out outside of it")
-    check_path(args.out, is_folder)
+                place = f"--{flag} {written} would write where --{name} {value} is read"
+                raise ValueError(f"{place}: pass another --{flag}, outside of it")
+    check_path(written, is_folder)
     remember_hashes(out.parent)
 
 

@@ -58,8 +58,9 @@ def hashes(*paths) -> dict[str, str]:
     return {str(Path(path)): known_hash(path) for path in paths}
 
 
-def check_unchanged(made_from: dict[str, str], what, cure: str) -> None:
-    """Raise ValueError naming the first file that is not what `what` was made from."""
+def check_unchanged(made_from: dict[str, str], what, cure: str, today=()) -> None:
+    """Raise ValueError naming the first file that is not what `what` was made from; or one of those
+    that it would be made from `today` and that it was made without."""
     if not isinstance(made_from, dict) or not all(isinstance(x, str) for x in made_from.values()):
         raise ValueError(f"{what} is damaged: its record has no hashes; {cure}")
     for path, before in made_from.items():
@@ -67,6 +68,8 @@ def check_unchanged(made_from: dict[str, str], what, cure: str) -> None:
         if now != before:
             differs = f"{path} has changed (sha256 {before[:12]} then, {now[:12]} now)"
             raise ValueError(f"{what} was made from other content: {differs}; {cure}")
+    if made_from and (more := sorted({*today} - made_from.keys())):
+        raise ValueError(f"{what} was made without {more[0]}, which is there now; {cure}")
 
 
 def git_state() -> dict:

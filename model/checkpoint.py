@@ -1,7 +1,7 @@
 """Save and load a model as a Hugging Face checkpoint folder.
 
     config.json               sizes and architecture (`ModelConfig.to_json`)
-    manifest.json             sha256 of the weights' file and of the tokenizer, checked on loading
+    manifest.json             sha256 of the three that belong together, checked on loading
     model.safetensors         weights under Hugging Face's names; a tied head is not stored
     generation_config.json    which tokens end a turn
     tokenizer.json, ...       copied from where the model's tokenizer lies
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import files
-from files import check_file, known_hash, read_json, tokenizer_hash, write_json
+from files import check_file, check_keys, known_hash, read_json, tokenizer_hash, write_json
 
 from .config import PRESETS, ModelConfig
 from .control import control_ids
@@ -45,30 +45,41 @@ def save_model(model: Transformer, folder, tokenizer_folder=None, state: dict | 
         files.copy_tokenizer(tokenizer_folder, folder)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     end = {"eos_token_id": next(iter(ids["eos_token_id"]), None)}  # all are in the other file
-    write_json(folder / "config.json", model.config.to_json() | ids | end | {"dtype": dtype})
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
-    weights = folder / "model.safetensors"
-    with files.atomic_path(weights) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        # Before the new file takes its place: whichever of the two a crash leaves is known.
-        earlier = [files.file_hash(weights)] if weights.is_file() else []
-        manifest = {"sha256": [files.file_hash(temporary), *earlier]}
-        if (folder / "tokenizer.json").is_file():
-            manifest["tokenizer_sha256"] = tokenizer_hash(folder)
-        write_json(folder / MANIFEST, manifest)
+    paths = folder / "model.safetensors", folder / "config.json"
+    with files.atomic_path(paths[0]) as weights, files.atomic_path(paths[1]) as config:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        write_json(config, model.config.to_json() | ids | end | {"dtype": dtype})
+        write_manifest(folder, [weights, paths[0]], [config, paths[1]])
+
+
+def write_manifest(folder: Path, weights: list[Path], configs: list[Path]) -> None:
+    """Record which files belong together in `folder`: the new ones, and those whose place they are
+    about to take, as far as there are any. Whichever of them a crash leaves is known."""
+    manifest = {}
+    for name, paths in (("sha256", weights), ("config_sha256", configs)):
+        manifest[name] = [files.file_hash(path) for path in paths if path.is_file()]
+    if (folder / "tokenizer.json").is_file():
+        manifest["tokenizer_sha256"] = tokenizer_hash(folder)
+    write_json(folder / MANIFEST, manifest)
 
 
 def check_manifest(file: Path) -> None:
-    """Raise ValueError where save_model wrote other bytes, or beside another tokenizer: neither
-    would be noticed."""
+    """Raise ValueError where save_model wrote other bytes, or beside another config.json or another
+    tokenizer: nothing else would notice."""
     manifest = file.parent / MANIFEST
     if file.name != "model.safetensors" or not manifest.is_file():
         return  # of a folder that others made
-    written = read_json(manifest, sha256=list)
+    written = {"config_sha256": [], **read_json(manifest, sha256=list)}
+    check_keys(written, manifest, config_sha256=list)  # []: of an earlier version
     tokenizer = written.get("tokenizer_sha256")  # None of a model that has none
     if tokenizer is not None and tokenizer != tokenizer_hash(file.parent):
         other = f"{file.parent}/tokenizer.json is not the one that these weights were saved with"
         raise ValueError(f"{other}: copy that back, or train again")
+    config, known = file.parent / "config.json", written["config_sha256"]
+    if known and files.file_hash(config) not in known:
+        other = f"{config} is not the one that these weights were saved with"
+        raise ValueError(f"{other}: copy that back, or delete {manifest} if you mean the change")
     if known_hash(file) not in written["sha256"]:
         cure = "train or copy it again, or use best/ (delete the manifest of weights you changed)"
         raise ValueError(f"{file} is damaged: its bytes are not those of {MANIFEST}; {cure}")

@@ -125,6 +125,8 @@ class ModelConfig:
             ("mlp_bias", config.get("mlp_bias", False), False),
             ("quantization_config", config.get("quantization_config"), None),
             ("partial_rotary_factor", config.get("partial_rotary_factor", 1.0), 1.0),
+            ("a rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+            ("a rope_scaling without a type", "factor" in rope and rope_type == "default", False),
         ):
             if value != expected:
                 other = f"{architecture} with {name} = {value!r} is not supported"

@@ -1,4 +1,5 @@
-"""Which tokens begin, end and pad: what the files of a model's or a tokenizer's folder say.
+"""How a model talks: which tokens begin, end and pad, and its chat template, as the files of its
+or its tokenizer's folder say.
 
     generation_config.json    ids; the end of a turn is often named only here (Llama 3, Gemma)
     config.json               ids, of the model before it was taught to talk
@@ -10,9 +11,10 @@ What none of them says follows ChatML's names, and without a tokenizer our own 1
 from contextlib import suppress
 from pathlib import Path
 
-from files import read_json
+from files import as_value_error, check_file, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CURE = "use a model that was taught to chat, or put its chat_template.jinja into the folder"
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # of ChatML: 0, 1, 2
 
 
@@ -36,6 +38,25 @@ def named_tokens(folder) -> dict[str, str]:
     return found
 
 
+def read_template(folder) -> str | None:
+    """The source of a folder's chat template. Raises ValueError for what is not one."""
+    folder = Path(folder)
+    if (path := folder / "chat_template.jinja").exists():
+        with as_value_error(f"{path} is not text", "download it again"):
+            return check_file(path).read_text("utf-8")
+    if not (path := folder / "tokenizer_config.json").is_file():
+        return None
+    found = read_json(path).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+        found = named.get("default")
+        if found is None:
+            raise ValueError(f"{path} has no chat template called 'default': {CURE}")
+    if not isinstance(found, str | None):
+        raise ValueError(f"{path}: chat_template is no text: {CURE}")
+    return found
+
+
 def control_ids(folder) -> dict:
     """bos_token_id and pad_token_id, each an id or None; eos_token_id, the ids that end a turn or a
     text, the most usual first: [] where nothing says one."""
@@ -44,7 +65,9 @@ def control_ids(folder) -> dict:
     vocab = content["model"].get("vocab") if isinstance(content.get("model"), dict) else None
     known = dict(vocab) if isinstance(vocab, dict) else {}
     for token in added if isinstance(added, list) else []:
-        known[token.get("content")] = token.get("id")
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            known[token["content"]] = token.get("id")
+    known = {name: index for name, index in known.items() if type(index) is int}
     if not content:
         known = {END_OF_TEXT: 0, START: 1, END: 2}
     names = named_tokens(folder)

@@ -38,7 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args) -> None:
-    files.check_apart(argparse.Namespace(out=args.gguf, model=args.model), is_folder=False)
+    files.check_apart(args, is_folder=False, flag="gguf")
     if args.gguf.exists() and not args.overwrite:
         raise ValueError(f"{args.gguf} exists: pass another --gguf, or --overwrite to replace it")
     model = load_model(args.model, dtype=None)

@@ -21,11 +21,12 @@ from .transformer import Transformer, rotary_frequencies
 
 BLOCK = 1 << 22  # numbers that are made at a time
 NO_LIBRARY = "the gguf library is not installed: pip install -r requirements-real.txt"
-# Settings that change what a model computes, and the only value that is computed here.
+# Settings that change what a model computes, and the only value that is computed here. A factor of
+# scaling without a type is a linear one to llama.cpp.
 REFUSED = {
     "expert_count": 0, "attention.sliding_window": 0, "rope.scaling.type": "none",
-    "attention.scale": 0.0, "attention.causal": True, "logit_scale": 0.0, "residual_scale": 0.0,
-    "embedding_scale": 0.0,
+    "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "attention.scale": 0.0,
+    "attention.causal": True, "logit_scale": 0.0, "residual_scale": 0.0, "embedding_scale": 0.0,
 }  # fmt: skip
 
 
@@ -77,6 +78,13 @@ class GGUF:
         if type(value) is not kind:
             raise ValueError(f"{self.path}: {name} = {value!r:.60} is no {kind.__name__}")
         return value
+
+    def texts(self, name: str, default: list[str] | None = None) -> list[str]:
+        """A setting that is a list of texts."""
+        found = self.field(name, list, default)
+        if not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{self.path}: {name} is no list of texts: download it again")
+        return found
 
     def read_config(self) -> ModelConfig:
         for name, expected in REFUSED.items():

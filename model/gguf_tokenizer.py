@@ -11,7 +11,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from files import atomic_path, check_file, read_json, write_json
+from files import as_value_error, atomic_path, check_file, write_json
+
+from .control import control_ids, read_template
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 CONTROL_IDS = {
@@ -47,7 +49,7 @@ def read_tokenizer(gguf) -> Tokenizer:
         unknown = f"{gguf.path}: its tokenizer is of kind '{name or 'unnamed'}'"
         cure = f"use a model whose tokenizer.ggml.pre is {', '.join(CUTS)}"
         raise ValueError(f"{unknown}, which is not supported: {cure}")
-    tokens = list(gguf.field("tokenizer.ggml.tokens", list))
+    tokens = list(gguf.texts("tokenizer.ggml.tokens"))
     kinds = gguf.field("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise ValueError(f"{gguf.path}: {len(kinds)} kinds for {len(tokens)} tokens: use another")
@@ -57,12 +59,10 @@ def read_tokenizer(gguf) -> Tokenizer:
     if len(vocabulary) < len(tokens) or len(tokens) > gguf.config.vocab_size:
         size = f"{len(tokens)} tokens, {len(vocabulary)} different ones"
         raise ValueError(f"{gguf.path}: {size}, for {gguf.config.vocab_size} rows: use another")
-    merges = [tuple(pair.split(" ", 1)) for pair in gguf.field("tokenizer.ggml.merges", list, [])]
+    merges = [tuple(pair.split(" ", 1)) for pair in gguf.texts("tokenizer.ggml.merges", [])]
     is_llama3 = cut is LLAMA3
-    try:
+    with as_value_error(f"{gguf.path}: its merges do not fit its tokens", "download it again"):
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
-    except Exception as error:  # a bare Exception is what the library raises
-        raise ValueError(f"{gguf.path}: its merges do not fit its tokens ({error})") from None
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     if cut is QWEN:
         tokenizer.normalizer = normalizers.NFC()
@@ -72,6 +72,8 @@ def read_tokenizer(gguf) -> Tokenizer:
     ])  # fmt: skip
     if gguf.field("tokenizer.ggml.add_bos_token", bool, is_llama3):
         index = gguf.field("tokenizer.ggml.bos_token_id", int)
+        if not 0 <= index < len(tokens):
+            raise ValueError(f"{gguf.path}: no token has the id {index}, which begins texts")
         begin = (tokens[index], index)
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{begin[0]} $A", f"{begin[0]} $A {begin[0]}:1 $B:1", [begin]
@@ -79,7 +81,7 @@ def read_tokenizer(gguf) -> Tokenizer:
     return tokenizer
 
 
-def control_ids(gguf) -> dict[str, int | list[int]]:
+def ids_in(gguf) -> dict[str, int | list[int]]:
     """bos_token_id, eos_token_id and pad_token_id, where the file names them. A model that ends a
     turn with another token than a text has a list of ends. Raises ValueError for an impossible id.
     """
@@ -88,7 +90,7 @@ def control_ids(gguf) -> dict[str, int | list[int]]:
     names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     ends = list(dict.fromkeys(gguf.field(name, int) for name in names if name in gguf.fields))
     for index in [*ids.values(), *ends]:
-        if index >= gguf.config.vocab_size:
+        if not 0 <= index < gguf.config.vocab_size:
             raise ValueError(f"{gguf.path}: the control token {index} is beyond its vocabulary")
     return ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
@@ -98,7 +100,7 @@ def write_tokenizer(gguf, folder: Path) -> None:
     tokenizer, config = read_tokenizer(gguf), {"tokenizer_class": "PreTrainedTokenizerFast"}
     with atomic_path(folder / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
-    for name, ids in control_ids(gguf).items():
+    for name, ids in ids_in(gguf).items():
         first = ids[0] if isinstance(ids, list) else ids
         config[name.removesuffix("_id")] = tokenizer.id_to_token(first)
     if "tokenizer.chat_template" in gguf.fields:
@@ -110,11 +112,14 @@ def write_tokenizer(gguf, folder: Path) -> None:
 def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
     """What a GGUF says of the tokenizer in a checkpoint folder: settings' names -> values. Raises
     ValueError for one that llama.cpp has no name for."""
-    about = read_json(check_file(folder / "tokenizer.json"))
-    model, cut = about.get("model", {}), about.get("pre_tokenizer")
+    with as_value_error(f"{folder}/tokenizer.json is no tokenizer", "download it again"):
+        tokenizer = Tokenizer.from_file(str(check_file(folder / "tokenizer.json")))
+    tokenizer.no_padding()  # or an empty text would not be empty
+    about = json.loads(tokenizer.to_str())
+    model, cut = about["model"], about["pre_tokenizer"]
     names = [name for name, known in CUTS.items() if without_offsets(known) == without_offsets(cut)]
     allowed = (None, {"type": "NFC"}) if names[:1] == ["qwen2"] else (None,)
-    fits = model.get("type") == "BPE" and about.get("normalizer") in allowed and bool(names)
+    fits = model.get("type") == "BPE" and about["normalizer"] in allowed and bool(names)
     if not fits or model.get("ignore_merges", False) != (names == ["llama-bpe"]):
         cure = f"only byte-level BPE with the words of {', '.join(CUTS)} has a name there"
         raise ValueError(f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure}")
@@ -135,16 +140,13 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
             kinds.get(row, NORMAL) if row in by_id else UNUSED for row in rows
         ],
         "tokenizer.ggml.merges": list(merges),
-        "tokenizer.ggml.add_bos_token": bool(Tokenizer.from_str(json.dumps(about)).encode("").ids),
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.encode("").ids),
     }
-    config, ids = folder / "tokenizer_config.json", read_json(folder / "config.json")
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if (file := folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
-        template = file.read_text("utf-8")
-    if isinstance(template, str):
+    ids, template = control_ids(folder), read_template(folder)
+    if template is not None:
         fields["tokenizer.chat_template"] = template
     for ours, theirs in CONTROL_IDS.items():
-        value = ids.get(ours)
+        value = ids[ours]
         value = value[0] if isinstance(value, list) and value else value
         if type(value) is int and 0 <= value < vocab_size:
             fields[theirs] = value

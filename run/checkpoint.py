@@ -86,7 +86,7 @@ class RunFolder:
                 ran = f"it ran {ran}, or pass another --out"
                 raise ValueError(f"cannot resume {self.path} with --{name} {value}: {ran}")
         cure = "put that back, pass --overwrite to start again, or another --out"
-        files.check_unchanged(made_from, self.path, cure)
+        files.check_unchanged(made_from, self.path, cure, self.made_from)
 
     def save_state(self, step: int, state: dict) -> None:
         """Add a state, drop all but the newest ones. To be called by rank 0."""

@@ -68,6 +68,7 @@ def test_dtype_ids_and_template_are_kept_and_known_tags_too(tmp_path):
     config = read_json(folder / "config.json") | {"bos_token_id": None, "eos_token_id": 8}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").unlink()
+    (folder / "manifest.json").unlink()  # of another config.json
     listed = {"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}}, "eos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(listed))
     run(add_tags, "--model", folder, "--out", tmp_path / "tagged")
@@ -117,4 +118,10 @@ def test_what_is_refused(tmp_path):
     run(add_tags, "--model", folder, "--out", tmp_path / "tagged")
     with pytest.raises(ValueError, match="tagged holds a model: pass --overwrite"):
         run(add_tags, "--model", folder, "--out", tmp_path / "tagged")
+    (tmp_path / "tagged/chat_template.jinja").write_text("of another model")
+    (tmp_path / "tagged/LICENSE").write_text("of another model")
+    (folder / "NOTICE").write_text("by others")
     run(add_tags, "--model", folder, "--out", tmp_path / "tagged", "--overwrite")
+    assert not (tmp_path / "tagged/chat_template.jinja").exists()
+    assert not (tmp_path / "tagged/LICENSE").exists()
+    assert (tmp_path / "tagged/NOTICE").read_text() == "by others"

@@ -50,6 +50,7 @@ def change_json(path, remove=(), **values):
     for name in remove:
         del content[name]
     path.write_text(json.dumps(content | values))
+    (path.parent / "manifest.json").unlink(missing_ok=True)  # as a user who means it is told to
 
 
 def change_weights(folder, change):
@@ -415,6 +416,8 @@ def test_a_pickle_is_not_read(folder):
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "4 and 4 the low must be lower"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_scaling": "linear"}, "linear"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling without a type"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary factor = 0.5"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -489,9 +492,30 @@ def test_a_flipped_bit_is_noticed(folder, place):
     load_model(folder)
 
 
+def test_a_config_that_was_edited_is_noticed(folder):
+    """Its shapes fit, and it computes something else. Manifests of earlier versions say nothing."""
+    path, before = folder / "config.json", (folder / "config.json").read_bytes()
+    path.write_bytes(before.replace(b'"rope_theta": 500.0', b'"rope_theta": 900.0'))
+    assert path.read_bytes() != before
+    with pytest.raises(ValueError, match="config.json is not the one .* delete .*manifest.json"):
+        load_model(folder)
+    path.write_bytes(before)
+    load_model(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for odd in ("x", {}, 7):
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"config_sha256": odd}))
+        with pytest.raises(ValueError, match="manifest.json is damaged .'config_sha256' is"):
+            load_model(folder)
+    del manifest["config_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    path.write_bytes(before.replace(b'"rope_theta": 500.0', b'"rope_theta": 900.0'))
+    assert load_model(folder).config.rope_theta == 900.0
+
+
 def test_a_crash_between_manifest_and_weights_leaves_a_model_that_loads(folder, monkeypatch):
     """Either file may be the newer one: the manifest knows both."""
     before = load_model(folder).state_dict()
+    longer = random_model(replace(TINY, max_position_embeddings=128), seed=5)
 
     rename = os.replace
 
@@ -502,9 +526,9 @@ def test_a_crash_between_manifest_and_weights_leaves_a_model_that_loads(folder, 
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        save_model(random_model(seed=5), folder)
+        save_model(longer, folder)
     monkeypatch.undo()
     after = load_model(folder).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    save_model(random_model(seed=5), folder)
-    load_model(folder)
+    save_model(longer, folder)
+    assert load_model(folder).config.max_position_embeddings == 128

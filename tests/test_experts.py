@@ -256,6 +256,7 @@ def test_a_folder_comes_back_to_the_bit_as_mixtral(tmp_path):
 def change_config(folder, **values):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (folder / "manifest.json").unlink()  # which would notice
 
 
 @pytest.mark.parametrize("values, message", [

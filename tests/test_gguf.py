@@ -318,6 +318,15 @@ def put(name, value):
     return change
 
 
+def begin_without_a_token(writer, tensors):
+    """The id of a row that no token has."""
+    merges = writer.kv_data[0]["tokenizer.ggml.merges"].value[:-1]
+    put("tokenizer.ggml.merges", merges)(writer, tensors)
+    writer.add_add_bos_token(True)
+    put("tokenizer.ggml.bos_token_id", 299)(writer, tensors)
+    put("tokenizer.ggml.token_type", [1] * 299 + [5])(writer, tensors)
+
+
 @pytest.mark.parametrize("change, message", [
     (put("general.architecture", "gemma"), "architecture 'gemma' is not supported.*llama, qwen2"),
     (put("blk.0.attn_q.bias", np.ones(64, np.float32)), "blk.0.attn_q.bias is unknown in a llama"),
@@ -335,6 +344,8 @@ def put(name, value):
     (put("llama.attention.value_length", 8), "value_length = 8 is not the head width, 16"),
     (put("llama.rope.dimension_count", 8), "dimension_count = 8 is not the head width"),
     (put("llama.rope.scaling.type", "yarn"), "llama with rope.scaling.type = 'yarn'"),
+    (put("llama.rope.scaling.factor", 4.0), "rope.scaling.factor = 4.0 is not supported"),
+    (put("llama.rope.scale_linear", 2.0), "rope.scale_linear = 2.0 is not supported"),
     (put("llama.expert_count", 8), "expert_count = 8 is not supported"),
     (put("split.count", 3), "is one of 3 files that belong together"),
     (put("rope_freqs.weight", np.linspace(1, 7, 8, dtype=np.float32)), "not Llama 3's rotary"),
@@ -343,6 +354,9 @@ def put(name, value):
     (put("tokenizer.ggml.pre", "tekken"), "kind 'tekken', which is not supported.*smollm"),
     (put("tokenizer.ggml.model", "llama"), "kind 'llama', which is not supported"),
     (put("tokenizer.ggml.merges", ["Q Qzz"]), "its merges do not fit its tokens"),
+    (put("tokenizer.ggml.merges", [1, 2]), "tokenizer.ggml.merges is no list of texts"),
+    (put("tokenizer.ggml.tokens", [*range(300)]), "tokenizer.ggml.tokens is no list of texts"),
+    (begin_without_a_token, "no token has the id 299, which begins texts"),
     (put("tokenizer.ggml.tokens", ["a"] * 300), "300 tokens, 1 different"),
     (put("tokenizer.ggml.token_type", [1, 1]), "2 kinds for 300 tokens"),
     (put("tokenizer.ggml.eos_token_id", 300), "control token 300 is beyond"),
@@ -494,6 +508,22 @@ def test_it_is_the_file_that_the_converter_of_llama_cpp_would_write(tmp_path, to
             assert fields[name] == field.contents(), name
 
 
+def test_ends_and_template_are_those_by_which_the_model_talks(tmp_path, tokenizer):
+    """Where generation_config.json and a list of templates say them, as Llama 3 and others do."""
+    folder, file = exported(tmp_path, random_model(LLAMA), tokenizer)
+    ends = {"bos_token_id": 1, "eos_token_id": [5, 2], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"chat_template": named}))
+    words = ["--model", folder, "--gguf", file, "--overwrite"]
+    export.main(export.parse_args([str(word) for word in words]))
+    again = convert(file, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["eos_token_id"] == 5
+    said = json.loads((again / "tokenizer_config.json").read_text())
+    assert said["chat_template"] == TEMPLATE and said["eos_token"] == "<answer>"
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
 def test_matrices_are_packed_and_norms_are_not(dtype, tmp_path, tokenizer):
     model = random_model(replace(LLAMA, intermediate_size=48))  # down_proj: no rows of whole blocks
@@ -515,14 +545,23 @@ def test_what_is_not_exported(tmp_path, tokenizer):
         exported(tmp_path, model, tokenizer)
     exported(tmp_path, model, tokenizer, "--overwrite")
     about = json.loads((folder / "tokenizer.json").read_text())
-    about["pre_tokenizer"] = {"type": "Whitespace"}
-    (folder / "tokenizer.json").write_text(json.dumps(about))
     (folder / "manifest.json").unlink()
     before = file.read_bytes()
     words = ["--model", folder, "--gguf", file, "--overwrite"]
-    with pytest.raises(ValueError, match="none that llama.cpp knows"):
-        export.main(export.parse_args([str(word) for word in words]))
+    spoilt = about | {"pre_tokenizer": {"type": "Whitespace"}}
+    for broken, message in (
+        (spoilt, "none that llama.cpp knows"), ({}, "tokenizer.json is no tokenizer"),
+        (about | {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": 7}}, "is no tokenizer"),
+        (about | {"added_tokens": [7]}, "is no tokenizer"),
+    ):  # fmt: skip
+        (folder / "tokenizer.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message):
+            export.main(export.parse_args([str(word) for word in words]))
     assert file.read_bytes() == before
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    words[3] = folder / "in.gguf"
+    with pytest.raises(ValueError, match="--gguf .* would write where --model .* another --gguf"):
+        export.main(export.parse_args([str(word) for word in words]))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
     with pytest.raises(ValueError, match="blk.0.ffn_up.weight .* float16 .*--dtype bf16"):

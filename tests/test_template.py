@@ -388,6 +388,8 @@ def test_a_system_turn_that_a_template_refuses_is_one_sentence(folder_of):
         ("{% for m in messages %}{{ m.content if m.role == 'assistant' }}<|im_end|>{% endfor %}",
          "drops the turn of the user"),
         ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "ends no reply"),
+        (CHATML.replace("+ '<|im_end|>'", "+ ('<|im_end|>' if 'words' in message.content else '')"),
+         "ends replies by <.im_end.>, but not "),
         (CHATML.replace("assistant\n'", "assistant\n<x>'"), "opens a reply with .*<x>"),
         ([{"name": "tool", "template": CHATML}], "no chat template called 'default'"),
         (7, "is no text"),
@@ -398,6 +400,18 @@ def test_a_template_that_cannot_be_used_is_refused(template, said, folder_of, tm
     with pytest.raises(ValueError, match=said) as error:
         encode_conversation(tokenizer, TALKS["one"])
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_drops_thoughts_is_no_form_for_them(folder_of, tmp_path):
+    """As DeepSeek's: the labels would be of the answer alone, and nothing would say so."""
+    template = CHATML.replace("message.content", "message.content.split('</think>')[-1]")
+    tokenizer = changed(folder_of("chatml"), tmp_path, template)
+    assert template != CHATML
+    turns = talk("2?", "<think>\n1+1\n</think>\n2")
+    with pytest.raises(ValueError, match="drops the <think> of a reply.*--answers_only"):
+        encode_conversation(tokenizer, turns)
+    encode_prompt(tokenizer, [*turns, *talk("3?")])  # thoughts of before are not asked for
+    encode_conversation(tokenizer, [*turns, *talk("3?", "3")])
 
 
 def test_one_of_several_templates_is_the_default(folder_of, tmp_path):

@@ -165,6 +165,7 @@ def world(tmp_path_factory, whole):
     end = whole.token_to_id("Ġking")
     write_json(folder / "config.json", config | {"eos_token_id": end, "dtype": "bfloat16"})
     write_json(folder / "generation_config.json", {"eos_token_id": [end, 0], "pad_token_id": 0})
+    (folder / "manifest.json").unlink()  # of another config.json
     (folder / "LICENSE").write_text("Apache-2.0")
     (world / "notes").mkdir()
     for number in range(4):
@@ -274,7 +275,6 @@ def test_the_whole_teacher_teaches_like_the_trimmed_one(world, monkeypatch):
     monkeypatch.setattr("run.training.EVALUATED", 4)
     rounded = shutil.copytree(world / "teacher", world / "rounded")
     model = load_model(rounded).to(torch.bfloat16)
-    (rounded / "manifest.json").unlink()
     save_model(model, rounded)
     for name in ("small", "rounded"):
         words = ["--data", world / "data_small", "--teacher", world / name, *STEPS]
@@ -318,6 +318,9 @@ def test_refusals_and_a_second_call(world, tmp_path):
         run(trim_vocabulary, *words)
     assert snapshot(tmp_path / "small") == before
     run(trim_vocabulary, *words, "--overwrite")
+    (tmp_path / "small" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="small/model.safetensors has changed .*--overwrite"):
+        run(trim_vocabulary, *words)
     with pytest.raises(ValueError, match="holds files that this command did not make"):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "x").write_text("x")
@@ -330,6 +333,24 @@ def test_refusals_and_a_second_call(world, tmp_path):
         (bad := tmp_path / "bad.jsonl").write_text('{"text": "a"}\nx\n')
         run(trim_vocabulary, *words[:3], bad, "--out", tmp_path / "new")
     run(trim_vocabulary, *words[:3], bad, "--out", tmp_path / "new", "--skip_bad")
+
+
+def test_a_chat_template_of_another_day_is_another_model(world, tmp_path):
+    """Also one that goes: what is left of the model before would be read as the new one's."""
+    model = shutil.copytree(world / "teacher", tmp_path / "model")
+    words = ["--model", model, "--data", world / "data", "--out", tmp_path / "small"]
+    (model / "chat_template.jinja").write_text("{{ 7 }}")
+    (model / "NOTICE.txt").write_text("by others")
+    run(trim_vocabulary, *words)
+    assert (tmp_path / "small" / "NOTICE.txt").is_file()
+    for name in ("chat_template.jinja", "tokenizer_config.json", "NOTICE.txt"):
+        (model / name).unlink()
+    with pytest.raises(ValueError, match="was trimmed from another model"):
+        run(trim_vocabulary, *words)
+    run(trim_vocabulary, *words, "--overwrite")
+    left = {path.name for path in (tmp_path / "small").iterdir()}
+    assert left.isdisjoint(["chat_template.jinja", "tokenizer_config.json", "NOTICE.txt"])
+    load_model(tmp_path / "small")
 
 
 def test_two_tokenizers_are_not_a_part_of_each_other(world, tmp_path):

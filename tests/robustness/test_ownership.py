@@ -62,7 +62,7 @@ PLACES = {  # of --out, where `read` is an input
     "lies in it": lambda read: read / "new",
     "holds it": lambda read: read.parent,
 }
-INPUT = "--out {} would write where --{} {} is read: pass an --out outside of it"
+INPUT = "--out {} would write where --{} {} is read: pass another --out, outside of it"
 NOT_OURS = "theirs holds files that this command did not make .letter.txt.: .* or --overwrite"
 CELLS = {
     "the output is an input": dict.fromkeys(COMMANDS, INPUT)

@@ -141,6 +141,7 @@ def other_tokenizer(folder) -> None:
 def other_config(folder) -> None:
     config = read_json(Path(folder, "config.json"))
     Path(folder, "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    Path(folder, "manifest.json").unlink()  # or the model would not even be loaded
 
 
 def other_line(path) -> None:
@@ -284,6 +285,23 @@ def test_without_a_change_it_goes_on(entry, world):
         assert ("teacher/model.safetensors" in made_from) == (entry != "pretrain")
         with pytest.raises(Finished):
             go_on(entry)
+
+
+def test_how_a_model_talks_is_what_traces_and_runs_are_made_from(world):
+    """Where its replies end, and its chat template, also one that was not there before."""
+    ends = Path("teacher/generation_config.json")
+    before = ends.read_text("utf-8")
+    ends.write_text(json.dumps({"eos_token_id": [9]}), "utf-8")
+    with pytest.raises(ValueError, match="generation_config.json has changed.*--overwrite"):
+        go_on("traces")
+    ends.write_text(before, "utf-8")
+    template = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    for folder, entry in (("teacher", "traces"), ("student", "reason")):
+        Path(folder, "chat_template.jinja").write_text(template, "utf-8")
+        with pytest.raises(ValueError, match=f"made without {folder}/chat_template.jinja, which"):
+            go_on(entry)
+        Path(folder, "chat_template.jinja").unlink()
+        go_on(entry)
 
 
 @pytest.mark.parametrize("change", [other_line, Path.unlink])
