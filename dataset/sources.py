@@ -78,13 +78,19 @@ def download_wheel(folder: Path, wheel: str, sha256: str, cure: str) -> Path:
     return wheels[0]
 
 
-def text_files(path: Path) -> list[tuple[str, str]]:
-    """One .txt or .md file, or all of a folder, as (name, text)."""
+def text_paths(path: Path) -> list[Path]:
+    """One .txt or .md file, or all of a folder."""
     files, kinds = [path], (".txt", ".md")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
     if not files:
         raise ValueError(f"no .txt or .md file in the folder {path}: pass one that holds text")
+    return [check_file(file, "pass a text file or a folder of them") for file in files]
+
+
+def text_files(path: Path) -> list[tuple[str, str]]:
+    """The texts of `text_paths` as (name, text)."""
+    files = text_paths(path)
     named = [(str(p.relative_to(path)) if p != path else p.name, read_text(p)) for p in files]
     if count := sum(len(CONTROL.findall(text)) for _, text in named):
         plain = "are read as plain characters; in a --jsonl they end documents"

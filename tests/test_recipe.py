@@ -73,11 +73,48 @@ def test_from_a_folder_to_the_table(world, monkeypatch):
     assert Path("out/stages.json").read_bytes() == before
     with pytest.raises(ValueError, match="out/distilled was made by another command .*--steps 2"):
         recipe.run_stages(Path("out"), args_of("--steps", "3"))
+    # Nor other texts for those of the first call.
+    text = Path("field/1.txt").read_text("utf-8")
+    Path("field/1.txt").write_text(text + "more", "utf-8")
+    with pytest.raises(ValueError, match="out was made from other content: field/1.txt differs"):
+        recipe.run_stages(Path("out"), args_of())
+    Path("field/1.txt").write_text(text, "utf-8")
+    Path("field/9.md").write_text("new", "utf-8")
+    with pytest.raises(ValueError, match="out was made from other content: field/9.md differs"):
+        recipe.run_stages(Path("out"), args_of())
+    Path("field/9.md").unlink()
 
 
 def test_a_stage_that_fails_ends_the_recipe(world, monkeypatch, tmp_path):
+    monkeypatch.chdir(world)
     monkeypatch.setattr(recipe, "run_command", lambda words: 2)
-    args = recipe.parse_args(["--root", str(tmp_path / "out"), "--teacher", "own"])
+    root = tmp_path / "out"
+    args = recipe.parse_args(["--root", str(root), "--teacher", "own", "--layers", "1"])
     with pytest.raises(ValueError, match="ended with exit code 2"):
-        recipe.run_stages(tmp_path / "out", args)
-    assert recipe.read_json(tmp_path / "out" / "stages.json") == {}
+        recipe.run_stages(root, args)
+    assert recipe.read_json(root / "stages.json") == {}
+    # One that was stopped goes on, and its time counts from the beginning.
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(recipe.time, "perf_counter", lambda: float(next(clock)))
+    codes = iter([130, 0, 1])
+    monkeypatch.setattr(recipe, "run_command", lambda words: next(codes))
+    for code in (130, 1):
+        with pytest.raises(ValueError, match=f"ended with exit code {code}"):
+            recipe.run_stages(root, args)
+    docs, *_ = recipe.read_json(root / "stages.json").values()
+    assert (docs["finished"], docs["seconds"]) == (True, 200.0)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--layers 3", "3 layers cannot be copied from 2: use 1 to 2"),
+    ("--root field", "--root field would write where --text field is read: pass another --root"),
+    ("--results field", "--results field would write where --text field"),
+    ("--root own", "--root own holds files that this command did not make: pass another"),
+    ("--results own", "--results own holds files that this command did not make: pass another"),
+])  # fmt: skip
+def test_what_cannot_work_is_said_before_the_work(words, message, world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(recipe, "run_command", lambda words: pytest.fail(f"{words} ran"))
+    args = args_of("--root", "new", "--results", "new/results", *words.split())
+    with pytest.raises(ValueError, match=message):
+        recipe.main(args)

@@ -20,6 +20,7 @@ bfloat16, int8 and int4, embedding included, and the field's loss with weights r
 answers.md has what each answers to twenty questions.
 """
 
+import argparse
 import csv
 import shlex
 import subprocess
@@ -31,13 +32,25 @@ from pathlib import Path
 import torch
 
 from dataset import PackedText
-from dataset.chat import encode_prompt
+from dataset.chat import encode_prompt, stop_ids
+from dataset.sources import text_paths
 from dataset.tokenizer import decode, encode, load_tokenizer
 from eval.report import table
-from files import atomic_path, check_ranges, command_line, lock, new_parser, read_json, write_json
-from files.atomic import check_path
-from model import Transformer, generate, load_model
+from files import (
+    atomic_path,
+    check_apart,
+    check_ranges,
+    command_line,
+    hashes,
+    lock,
+    new_parser,
+    read_json,
+    write_json,
+)  # fmt: skip
+from model import Transformer, generate, load_model, number_of_layers
+from model.checkpoint import checkpoint_files
 from model.device import choose_device, describe_device, keep_freed_memory
+from model.prune import even_layers
 from model.quantize import quantized_weights, save_quantized
 from run import evaluate
 
@@ -76,6 +89,7 @@ def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
     teacher, text, trimmed = args.teacher or root / "teacher", args.text, root / "trimmed"
     if args.teacher is None:
         yield "teacher", ["-m", "dataset.fetch_teacher", "--out", teacher]
+    even_layers(args.layers, number_of_layers(teacher))  # raises for too many, before the work
     few = ["--problems", 20, "--prompts", 5, "--test_problems", 5]
     field = ["--text", text]
     if text is None:
@@ -118,23 +132,46 @@ def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
 def run_stages(root: Path, args) -> None:
     """Run what is not done yet; stages.json has the command of each, and the seconds it took.
     Raises ValueError where a stage was done by another command, or fails."""
-    path = root / "stages.json"
+    path, cure = root / "stages.json", "pass another --root, or delete this one"
     done = read_json(path) if path.is_file() else {}
     write_json(path, done)
+    check_inputs(root / "inputs.json", args, cure)
     for name, words in commands(root, args):
         command = shlex.join(["python", *map(str, words)])
-        if name in done:
-            if done[name]["command"] != command:
-                before = f"{root / name} was made by another command ({done[name]['command']})"
-                raise ValueError(f"{before}: pass another --root, or delete this one")
+        before, spent = done.get(name), 0.0
+        if before is not None and before.get("finished", True):
+            if before["command"] != command:
+                other = f"{root / name} was made by another command ({before['command']})"
+                raise ValueError(f"{other}: {cure}")
             continue
-        more = ["--resume"] if (root / name / "resume").is_dir() else []
+        if before is not None and before["command"] == command:  # it goes on
+            spent = before["seconds"]
+        begun = any((root / name / part).exists() for part in ("resume", "run.json"))
+        more = ["--resume"] if begun else []
         print(f"\n$ {command}", *more, flush=True)
-        started = time.perf_counter()
-        if code := run_command([*map(str, words), *more]):
+        started, code = time.perf_counter(), None
+        try:
+            code = run_command([*map(str, words), *more])
+        finally:
+            if code != 2:  # which is a mistake, and no work
+                spent += time.perf_counter() - started
+                about = {"command": command, "seconds": round(spent, 1), "finished": code == 0}
+                write_json(path, done := done | {name: about})
+        if code:
             raise ValueError(f"the command above ended with exit code {code}: see what it says")
-        done[name] = {"command": command, "seconds": round(time.perf_counter() - started, 1)}
-        write_json(path, done)
+
+
+def check_inputs(path: Path, args, cure: str) -> None:
+    """Raise ValueError where the user's texts or teacher are not those of the first call, whose
+    stages are not run again."""
+    read = [] if args.teacher is None else checkpoint_files(args.teacher)
+    for text in filter(None, (args.text, args.other)):
+        read += text_paths(text)
+    now = hashes(*read)
+    before = read_json(path) if path.is_file() else now
+    if other := sorted(k for k in before | now if before.get(k) != now.get(k)):
+        raise ValueError(f"{path.parent} was made from other content: {other[0]} differs; {cure}")
+    write_json(path, now)
 
 
 def run_command(words: list[str]) -> int:
@@ -161,7 +198,7 @@ def measure(root: Path, name: str, args) -> dict:
         }
     prompt = field.stream[:32].tolist()
     started = time.perf_counter()
-    made = sum(map(len, generate(model, [prompt], WORDS)))
+    made = sum(map(len, generate(model, [prompt], WORDS, stop_ids=())))
     row["tokens_per_second"] = made / (time.perf_counter() - started)
     row["bfloat16_mb"] = 2 * model.num_parameters() / 1e6
     for bits in (8, 4):
@@ -176,18 +213,22 @@ def measure(root: Path, name: str, args) -> dict:
 
 def answers(root: Path, args) -> str:
     """Markdown: each question, and the beginning of what each model writes to it, greedily. The
-    teacher as it comes is asked in its chat template, too."""
+    teacher as it comes is asked in its chat template, too, if it has one."""
     written = {}
     for name in MODELS:
         folder = Path(args.teacher or root / "teacher") if name == "whole" else root / MODELS[name]
         model, tokenizer = load_model(folder, choose_device("auto")), load_tokenizer(folder)
         prompts = [encode(tokenizer, f"Question: {q}\nAnswer:") for q in QUESTIONS]
-        written[name] = [decode(tokenizer, ids) for ids in generate(model, prompts, ANSWER)]
+        asked = {name: prompts}
         if name == "whole":
-            asked = [[{"role": "user", "content": f"In Python: {q}"}] for q in QUESTIONS]
-            prompts = [encode_prompt(tokenizer, turns) for turns in asked]
-            found = generate(model, prompts, ANSWER)
-            written["whole, in a chat"] = [decode(tokenizer, ids) for ids in found]
+            chat = [[{"role": "user", "content": f"In Python: {q}"}] for q in QUESTIONS]
+            try:
+                asked["whole, in a chat"] = [encode_prompt(tokenizer, turns) for turns in chat]
+            except ValueError as error:
+                print(f"not asked in a chat: {error}")
+        for how, prompts in asked.items():
+            found = generate(model, prompts, ANSWER, stop_ids=stop_ids(tokenizer))
+            written[how] = [decode(tokenizer, ids) for ids in found]
     blocks = []
     for number, question in enumerate(QUESTIONS):
         lines = [f"## {question}", ""]
@@ -232,8 +273,7 @@ def parse_args(argv=None):
     add("--text", type=Path, help="the field: a text or a folder; default Python's documentation")
     add("--other", type=Path, help="a text off the field; default Shakespeare's plays")
     add("--root", type=Path, default=Path("out/recipe"), help="folder of all that is made")
-    where = Path("results/recipe")
-    add("--results", type=Path, default=where, help="folder of results.csv and answers.md")
+    add("--results", type=Path, help="folder of results.csv and answers.md; default ROOT/results")
     add("--layers", type=int, default=15, help="of the student")
     add("--adapt_steps", type=int, default=60, help="of the teacher's adapter")
     add("--steps", type=int, default=100, help="of the students, 8 sequences each")
@@ -245,8 +285,14 @@ def parse_args(argv=None):
 
 def main(args) -> list[dict]:
     check_ranges(args, **RANGES)
-    for folder in (args.root, args.results):
-        check_path(folder, is_folder=True)
+    args.results = args.results or args.root / "results"
+    for flag, mark in (("root", "stages.json"), ("results", "results.csv")):
+        folder = getattr(args, flag)
+        texts = {"text": args.text, "other": args.other}
+        check_apart(argparse.Namespace(**{flag: folder}, **texts), flag=flag)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+            others = f"--{flag} {folder} holds files that this command did not make"
+            raise ValueError(f"{others}: pass another --{flag}")
         lock(folder)
     keep_freed_memory()
     run_stages(args.root, args)
