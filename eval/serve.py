@@ -28,9 +28,7 @@ LIMITS |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (1, 10**9))
 OTHERS = ("messages", "stream", "model", "stream_options")
 
 
-class Server(ThreadingHTTPServer):
-    """The model, and whose turn it is."""
-
+class Server(ThreadingHTTPServer):  # the model, and whose turn it is
     def __init__(self, args):
         self.args, self.turn = args, Lock()
         self.model = load_model(args.model, choose_device(args.device))
@@ -45,16 +43,18 @@ class Server(ThreadingHTTPServer):
             if name not in OTHERS and value not in (None, "", [], {}):
                 if not isinstance(value, (int, float)) or not low <= value <= high:
                     raise ValueError(f"{name} = {value!r:.60}: only {low:g} to {high:g} works")
-        turns = check_conversation({"conversations": body.get("messages")}, "messages", False)
+        lost, turns = {}, {"conversations": body.get("messages")}
+        turns = check_conversation(turns, "messages", need_answer=False, tags=False, left_out=lost)
+        if more := lost.keys() - {"empty replies"}:
+            raise ValueError(f"messages have {min(more)}, which are not read: leave them out")
         ids = encode_prompt(self.tokenizer, turns)
         if (room := self.model.config.max_position_embeddings - len(ids)) < 1:
             raise ValueError(f"messages of {len(ids)} tokens leave no room for a reply: send fewer")
-        most = self.args.max_new_tokens
-        asked = body.get("max_completion_tokens") or body.get("max_tokens") or most
+        asked = body.get("max_completion_tokens") or body.get("max_tokens") or room
         generator = torch.Generator(self.model.lm_head.weight.device)
         options = {name: body[name] for name in ("temperature", "top_p") if body.get(name)}
         options["generator"] = generator.manual_seed(int(body.get("seed") or 0))
-        return ids, min(int(asked), most, room), options
+        return ids, min(int(asked), self.args.max_new_tokens, room), options
 
     def reply(self, prompt: list[int], most: int, options: dict, streams: bool):
         """Yield pieces of text, or all at once, the tokens so far and, at last, why it ended."""
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         size = self.headers.get("Content-Length", "")
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"nothing at {self.path[:80]}: post to /v1/chat/completions")
-        if not size.isdecimal() or int(size) > LARGEST:
+        if not size.isdecimal() or len(size) > 9 or int(size) > LARGEST:
             return self.refuse(413, f"a request has a Content-Length of at most {LARGEST:,} bytes")
         try:
             body = parse_json(self.rfile.read(int(size)), "the request")
@@ -116,9 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         if streams:
             self.send(200, {}, "text/event-stream")
         for text, count, reason in self.server.reply(*asked, streams):
-            choice = {"index": 0, "finish_reason": reason}
-            choice["delta" if streams else "message"] = {"role": "assistant", "content": text}
-            about |= {"choices": [choice]}
+            said = {"delta" if streams else "message": {"role": "assistant", "content": text}}
+            about["choices"] = [{"index": 0, "finish_reason": reason, **said}]
             sizes = {"prompt_tokens": len(asked[0]), "completion_tokens": count}
             if streams:
                 self.wfile.write(f"data: {json.dumps(about)}\n\n".encode())

@@ -126,6 +126,8 @@ def test_health_and_models(server, folder):
         ({"messages": [{"role": "pope", "content": "x"}]}, "role 'pope' must be one of"),
         ({"messages": [{"role": "user", "content": 3}]}, '"content" that is text'),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "leave no room for a reply"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "7"}]}, "have turns of tools, which"),
+        ({"messages": [{**HELLO[0], "name": "Eve"}]}, "messages have name, which are not read"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools = .* only 0 to 0 works"),
         ({"messages": HELLO, "n": 2}, "n = 2: only 1 to 1 works"),
         ({"messages": HELLO, "stop": ["x"]}, "stop = "),
@@ -156,7 +158,8 @@ def test_fields_that_change_nothing_are_taken(server):
 def test_places_and_sizes(server):
     assert ask(server, "GET", "/v1")[0] == ask(server, "POST", "/v1/completions", {})[0] == 404
     long = "x" * (serve.LARGEST + 1)
-    assert ask(server, "POST", PATH, None, **{"Content-Length": "-5"})[0] == 413
+    for size in ("-5", "9" * 5000):
+        assert ask(server, "POST", PATH, None, **{"Content-Length": size})[0] == 413
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.putrequest("POST", PATH)
     connection.putheader("Content-Length", str(len(long)))
