@@ -16,6 +16,7 @@ from pathlib import Path
 
 import files
 from files import check_ranges, command_line, new_parser
+from files.atomic import UNFINISHED, atomic_folder
 
 from .sources import split_documents
 
@@ -59,13 +60,19 @@ def main(args) -> None:
         bare = "this Python has no pydoc_data.topics, the text of help()"
         raise ValueError(f"{bare}: use one of python.org, or prepare a text of your own") from None
     files.lock(args.out, wait=True)
-    if files.check_free(args.out, NAMES, args.overwrite) and not args.overwrite:
-        raise ValueError(f"{args.out} is there already: pass --overwrite to replace it")
-    split = split_pages(sorted(topics.items()), args.val_share)
+    is_ours = files.check_free(args.out, (*NAMES, UNFINISHED), args.overwrite)
+    split, written = split_pages(sorted(topics.items()), args.val_share), {}
     for name, texts in zip(NAMES, split, strict=True):
-        with files.atomic_path(args.out / name) as temporary:
-            lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-            temporary.write_text("".join(lines), "utf-8")
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        written[name] = "".join(lines).encode("utf-8")
+    if is_ours and not args.overwrite:
+        paths = {name: args.out / name for name in NAMES}
+        if all(p.is_file() and p.read_bytes() == written[name] for name, p in paths.items()):
+            raise files.Finished(f"{args.out}: there already, the same")
+        raise ValueError(f"{args.out} holds another text: pass --overwrite to replace it")
+    with atomic_folder(args.out, last=NAMES[-1]) as out:  # never one of this and one of that
+        for name, content in written.items():
+            (out / name).write_bytes(content)
     files.unlock(args.out)
     pages = " and ".join(f"{len(texts)} pages, {sum(map(len, texts)):,} characters ({name})"
                          for name, texts in zip(NAMES, split, strict=True))  # fmt: skip

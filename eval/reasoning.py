@@ -89,8 +89,10 @@ def evaluate_reasoning(
         print(f"{cut:,} of {len(replies):,} replies of {folder} were {limit}")
     judged = [judge(tokenizer, p, ids, form) for p, ids in zip(problems, replies, strict=True)]
     for line, ids in zip(judged, replies, strict=True):
-        if form == "last" and len(ids) == max_new_tokens:  # its last number is still to come
-            line |= {"correct": False, "well_formed": False}
+        if len(ids) == max_new_tokens:  # cut: the next token may be a digit, or another number
+            last = form == "last"
+            line["correct"] &= not last and is_answer(f"{line['reply']}1", line["answer"], form)
+            line["well_formed"] &= not last
     with atomic_path(answers_path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in judged]
         temporary.write_text("".join(lines), "utf-8")

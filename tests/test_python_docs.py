@@ -7,6 +7,7 @@ import pytest
 
 from dataset import prepare, python_docs
 from dataset.python_docs import SHORT, split_pages
+from files import Finished
 from tests.test_prepare import run_prepare, stored_documents, write_lines
 
 
@@ -51,7 +52,12 @@ def test_quoted_paragraphs_by_hand():
 
 def test_what_is_there_is_replaced_only_when_told(tmp_path):
     first = make(tmp_path / "docs")
-    with pytest.raises(ValueError, match="docs is there already: pass --overwrite"):
+    with pytest.raises(Finished, match="docs: there already, the same"):
+        make(tmp_path / "docs")
+    with pytest.raises(ValueError, match="docs holds another text: pass --overwrite"):
+        make(tmp_path / "docs", "--val_share", "0.03")
+    (tmp_path / "docs" / "held_out.jsonl").unlink()  # of a call that was killed
+    with pytest.raises(ValueError, match="docs holds another text: pass --overwrite"):
         make(tmp_path / "docs")
     assert make(tmp_path / "docs", "--overwrite") == first
     fewer = make(tmp_path / "docs", "--overwrite", "--val_share", "0.03")

@@ -135,7 +135,7 @@ def test_reasoning_reads_the_form_that_is_said(form, right, folder, prompts, mon
         return [encode(tokenizer, text) for text in ("#### 0", "2", "none", "2\n#### 6")]
 
     def cut(model, tokenizer, problems, *_):
-        return [encode(tokenizer, f"#### {2 * n} x")[:-1] for n in range(4)]
+        return [encode(tokenizer, f"#### {2 * n}{behind}") for n in range(4)]
 
     monkeypatch.setattr(reasoning, "write_replies", answer)
     out = prompts.parent / "answers.jsonl"
@@ -149,12 +149,13 @@ def test_reasoning_reads_the_form_that_is_said(form, right, folder, prompts, mon
     rows = [x.split() for x in capsys.readouterr().out.splitlines()]
     (row,) = [row for row in rows if row[:1] == ["all"]]
     assert row == ["all", "4", f"{sum(right) / 4:.1%}", formed, "-", "0.0"]
-    # Of a reply that was cut, the last number is still to come; what follows #### is there.
+    # Of a reply that was cut, the last number is still to come, and 4 may be the begin of 42.
     monkeypatch.setattr(reasoning, "write_replies", cut)
-    most = len(cut(None, load_tokenizer(folder), [])[0])
-    run(reasoning, *flags, "--answer_form", form, "--max_new_tokens", most, "--overwrite")
-    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    assert [line["correct"] for line in lines] == [form == "gsm8k"] * 4
+    for behind in ("", "\n"):
+        most = len(cut(None, load_tokenizer(folder), [])[0])
+        run(reasoning, *flags, "--answer_form", form, "--max_new_tokens", most, "--overwrite")
+        lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        assert [line["correct"] for line in lines] == [form == "gsm8k" and bool(behind)] * 4
 
 
 def test_without_tags_no_thought_is_counted(folder):
