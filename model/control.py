@@ -78,7 +78,7 @@ def control_ids(folder) -> dict:
         for config in configs:
             value = config.get(f"{which}_token_id")
             values = value if isinstance(value, list) else [value]
-            if ids := [x for x in values if type(x) is int and x >= 0]:
+            if ids := [x for x in values if type(x) is int and 0 <= x < 2**31]:
                 return ids
         return []
 

@@ -55,9 +55,9 @@ def kept_rows(folder, data_folder) -> list[int] | None:
         read_alike = reading_of(whole) == reading_of(part)
         ranks = {pair: rank for rank, pair in enumerate(merges_of(whole))}
         order, rows = [ranks[pair] for pair in merges_of(part)], [ids[token] for token in tokens]
+        in_order = all(x == sorted(x) for x in (order, rows))  # not the same tokens numbered anew
     except (AttributeError, KeyError, TypeError, ValueError):  # not there, or of another kind
         return None
-    in_order = all(x == sorted(x) for x in (order, rows))  # not the same tokens numbered anew
     return rows if numbered and read_alike and in_order else None
 
 

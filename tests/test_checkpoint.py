@@ -213,7 +213,7 @@ ADDED = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 5, "<|eot|>": 7, "<|endo
         ({"config": {"bos_token_id": 1, "eos_token_id": 2}, "generation_config": {
             "eos_token_id": [7, 2], "pad_token_id": 7}}, 1, [7, 2, 5, 9], 7),
         ({"config": {"bos_token_id": 3, "eos_token_id": "2"}, "generation_config": {
-            "bos_token_id": -1, "eos_token_id": [True, None, 4]}}, 3, [4, 5, 9], None),
+            "bos_token_id": -1, "eos_token_id": [True, 10**30, 4]}}, 3, [4, 5, 9], None),
         ({"generation_config": {"eos_token_id": 8}, "tokenizer_config": {"pad_token": "<unk>"}},
          None, [8, 5, 9], 0),
     ],

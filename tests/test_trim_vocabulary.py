@@ -358,6 +358,10 @@ def test_two_tokenizers_are_not_a_part_of_each_other(world, tmp_path):
     same tokens would give a teacher inputs that it does not know."""
     content = read_json(world / "small" / "tokenizer.json")
     assert kept_rows(world / "small", world / "teacher") is None, "the larger of the smaller"
+    broken = read_json(world / "teacher" / "tokenizer.json")
+    broken["model"]["vocab"]["a"] = ["not", "an", "id"]
+    write_json(tmp_path / "tokenizer.json", broken)
+    assert kept_rows(tmp_path, world / "small") is None
 
     def changed(**more) -> Path:
         write_json(tmp_path / "tokenizer.json", content | more)
