@@ -25,7 +25,7 @@ RANGES = {"port": (0, 65535), "wait": (0, 10**6), "max_new_tokens": (1, 10**6)}
 LARGEST, IDLE = 2**20, 30  # bytes of a request; seconds that a client may keep the server waiting
 LIMITS = {"temperature": (0.0, 10.0), "top_p": (1e-6, 1.0), "seed": (0, 2**31), "n": (1, 1)}
 LIMITS |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (1, 10**9))
-OTHERS = ("messages", "stream", "model", "stream_options")
+OTHERS = ("messages", "stream", "model", "user", "stream_options")
 
 
 class Server(ThreadingHTTPServer):  # the model, and whose turn it is
