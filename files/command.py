@@ -30,7 +30,8 @@ def as_value_error(what: str, cure: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ValueError(f"{what} ({error}): {cure}") from None
+        reason = " ".join(str(error).split())  # in one line
+        raise ValueError(f"{what} ({reason}): {cure}") from None
 
 
 class Parser(argparse.ArgumentParser):

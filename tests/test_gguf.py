@@ -354,6 +354,7 @@ def begin_without_a_token(writer, tensors):
     (put("tokenizer.ggml.pre", "tekken"), "kind 'tekken', which is not supported.*smollm"),
     (put("tokenizer.ggml.model", "llama"), "kind 'llama', which is not supported"),
     (put("tokenizer.ggml.merges", ["Q Qzz"]), "its merges do not fit its tokens"),
+    (put("tokenizer.ggml.merges", ["Q"]), "its merges do not fit its tokens .failed to extract"),
     (put("tokenizer.ggml.merges", [1, 2]), "tokenizer.ggml.merges is no list of texts"),
     (put("tokenizer.ggml.tokens", [*range(300)]), "tokenizer.ggml.tokens is no list of texts"),
     (begin_without_a_token, "no token has the id 299, which begins texts"),
