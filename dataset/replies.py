@@ -15,20 +15,24 @@ BATCH = 100  # replies at once: more are not faster on a CPU, and take memory
 CACHE_BYTES = 2**30  # of their keys and values, which for a real model and long replies decide
 
 
-def read_problems(path) -> list[dict]:
-    """The jsonl's problems: their turns up to the last user turn, answer, and steps (0 for none).
-    checkable: whether lines of a reply can be verified, as those of its gold reply can; without a
-    gold reply, whether it has steps, as generated problems do."""
+def read_problems(path, need_answer: bool = True) -> list[dict]:
+    """The jsonl's problems: their turns up to the last user turn, steps (0 for none), and answer;
+    without need_answer it may be None. checkable: whether lines of a reply can be verified, as
+    those of its gold reply can; without a gold reply, whether it has steps, as generated ones."""
 
     def parse(value: dict, where: str) -> dict:
         turns = check_conversation(value, where, need_answer=False)
         asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
         gold, turns = turns[asked + 1 :], turns[: asked + 1]
-        check_problem(value, turns, where)
+        answer = value.get("answer")
+        if need_answer or answer is not None:
+            check_problem(value, turns, where)
+        elif not turns:
+            raise ValueError(f"{where} needs a user turn")
         checkable, steps = "steps" in value, value.get("steps", 0)
         if gold:
             checkable = check_response(turns[-1]["content"], gold[0]["content"]).verified
-        return {"turns": turns, "answer": value["answer"], "steps": steps, "checkable": checkable}
+        return {"turns": turns, "answer": answer, "steps": steps, "checkable": checkable}
 
     return read_jsonl(path, parse)
 

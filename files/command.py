@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
                 flag = word.split("=")[0] if word.startswith("--") else before
                 self.exit(2, f"error: {flag} is empty or no text: give it a value in UTF-8\n")
         parsed = super().parse_args(words, namespace)
-        named = {k: v for k, v in vars(parsed).items() if k != "system"}  # that one is words
+        others = ("system", "api")  # words, an address
+        named = {k: v for k, v in vars(parsed).items() if k not in others}
         paths = {k: v for k, v in named.items() if isinstance(v, str) and "/" in v}
         vars(parsed).update({name: str(Path(path)) for name, path in paths.items()})
         return parsed
