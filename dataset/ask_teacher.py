@@ -22,11 +22,9 @@ or has more of them, by raised limits, --samples or --expand.
 
 import argparse
 import json
-import queue
 import random
-import threading
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -34,24 +32,21 @@ from urllib.parse import urlsplit
 import files
 from files import atomic_path, check_ranges, command_line
 from files.atomic import check_keys, parse_json
-from files.progress import progress_bar
 
 from .answers import FORMS, check_form
 from .chat import with_system
 from .filters import Near, keep_questions, keep_replies
 from .replies import read_problems
 from .sources import read_text
-from .teacher_api import LIMITS, Budget, Failed, Limit, Teacher, most_tokens, weighed
+from .teacher_api import COUNTS, LIMITS, Budget, Teacher, ask_all, most_tokens, weighed
 
 FORM = 'Write each on one line that begins with "Q: ", without an answer, and write nothing else.'
 LIKE_THESE = "Here are some questions:\n\n{}\n\nWrite {} new questions of the same kind. " + FORM
 ABOUT = "Write {1} different questions about this topic, from easy to hard: {0}\n\n" + FORM
 AT_ONCE, SHOWN = 10, 5  # questions that one request asks for; examples that it shows
-FAILURES = 5  # requests in a row that fail for good: then it ends
 RANGES = LIMITS | dict.fromkeys(("price_in", "price_out"), (0.0, 1e6))
 RANGES |= {"expand": (1, 10**6), "threads": (1, 256), "timeout": (0.1, 86400.0)}
 RANGES |= {"max_words": (1, 10**6), "drop_unsure": (0.0, 0.99), "temperature": (0.0, 10.0)}
-COUNTS = ("requests", "prompt_tokens", "reply_tokens")  # that were spent
 ASKED = "api model prompts seeds topics system temperature seed max_new_tokens logprobs".split()
 CHOSEN = "samples expand keep answer_form max_words drop_unsure test".split()
 
@@ -99,7 +94,13 @@ def check_flags(args) -> None:
         one = "pass one of --prompts, --seeds and --topics"
         raise ValueError(f"{' and '.join(given) or 'nothing'} says what to ask: {one}")
     url = urlsplit(args.api)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or url.username
+        or url.query
+        or url.fragment
+    ):
         form = "http://HOST:PORT/v1, without a password or a key in it"
         raise ValueError(f"--api is no address of the form {form}: OPENAI_API_KEY holds the key")
     new, several = not args.prompts, args.samples > 1
@@ -144,55 +145,6 @@ def requests_of(args) -> tuple[list[dict], list[dict]]:
         turns = [{"role": "user", "content": request["words"]}]
         request["turns"] = with_system(turns, args.system)
     return asked, examples
-
-
-def ask_all(args, asked, todo, out, teacher) -> tuple[str, int]:
-    """Ask for the replies of `todo` in several threads, and commit each one to `out` as it comes.
-    Returns which limit was in the way, if one was, and how many requests failed. Raises ValueError
-    where asking on is of no use; what is under way then is kept, too."""
-    waiting, came = queue.SimpleQueue(), queue.SimpleQueue()
-    for number in todo:
-        waiting.put(number)
-
-    def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                number = waiting.get_nowait()
-                try:
-                    came.put(teacher.ask(asked[number]["turns"], number))
-                except (Limit, Failed) as fault:
-                    came.put(fault)
-                except Exception as fault:
-                    teacher.close()
-                    came.put(fault)  # for the main thread to raise
-        came.put(None)
-
-    limit, failed, in_a_row, fatal = "", 0, 0, None
-    before = len(asked) - len(todo)
-    with progress_bar(len(asked), args.out.name, before, unit="reply") as bar:
-        for _ in range(args.threads):  # as daemons they keep nobody waiting who presses Ctrl-C
-            threading.Thread(target=work, daemon=True).start()
-        for reply in (x for _ in range(args.threads) for x in iter(came.get, None)):
-            if isinstance(reply, Limit):
-                limit = str(reply) or limit
-                continue
-            if isinstance(reply, dict):
-                line = teacher.hide(json.dumps(reply, ensure_ascii=False))
-                out.file.write(f"{line}\n".encode())
-                in_a_row = 0
-                bar.update()
-            elif isinstance(reply, Failed):
-                failed, in_a_row = failed + 1, in_a_row + 1
-                if in_a_row == FAILURES:
-                    reply = ValueError(f"{reply}: {in_a_row} requests in a row have failed")
-            if isinstance(reply, Exception) and not isinstance(reply, Failed):
-                fatal = fatal or reply
-                teacher.close()
-            out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))
-    out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))  # of what failed last
-    if fatal is not None:
-        raise fatal
-    return limit, failed
 
 
 def read_replies(path: Path) -> dict[int, dict]:
@@ -253,7 +205,7 @@ def main(args) -> dict:
         if args.prompts:  # no money for what is not kept
             todo = [n for n in todo if not test.has(asked[n]["turns"][-1]["content"])]
         print(estimate(args, asked, todo, teacher.budget), flush=True)
-        limit, failed = ask_all(args, asked, todo, out, teacher)
+        limit, failed = ask_all(teacher, asked, todo, out)
     replies = {n: reply for n, reply in read_replies(path).items() if n < len(asked)}
     if args.prompts:
         lines, left_out = keep_replies(given, replies, args, test)

@@ -8,18 +8,22 @@ without a word of its cost (it stalls, the line breaks) is counted at the most i
 
 import json
 import os
+import queue
 import random
 import threading
 from contextlib import suppress
 
 from files import printable
 from files.atomic import parse_json
+from files.progress import progress_bar
 
 from .filters import confidence
 
 NO_CLIENT = "the openai client is not installed: pip install -r requirements-real.txt"
 RETRIES, WAIT, LONGEST = 6, 1.0, 120.0  # tries after the first; seconds, of the first wait and any
 TEMPLATE, TURN = 200, 8  # tokens that a server's chat template may add, in all and per turn
+FAILURES = 5  # requests in a row that fail for good: then it ends
+COUNTS = ("requests", "prompt_tokens", "reply_tokens")  # what is spent
 SECRET = 12  # characters; what is shorter ("ollama") is a word that may stand in a reply
 LIMITS = {"max_requests": (1, 10**9), "max_tokens_total": (1, 10**15), "max_cost": (1e-6, 1e9)}
 
@@ -84,10 +88,13 @@ class Teacher:
         except ImportError:
             raise ValueError(NO_CLIENT) from None
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self.key.isascii() or not (self.key + "x").isprintable():
+        if not self.key.isascii() or not self.key.isprintable():
             raise ValueError("OPENAI_API_KEY has characters that no key has: set it again")
         options = {"api_key": self.key or "none", "timeout": args.timeout, "max_retries": 0}
-        self.client = openai.OpenAI(base_url=args.api, **options)
+        try:
+            self.client = openai.OpenAI(base_url=args.api, **options)
+        except Exception as error:  # of several libraries
+            raise ValueError(f"--api {args.api} cannot be used ({error})") from None
         self.args, self.budget, self.openai = args, budget, openai
         self.most_name, self.has_answered, self.ended = "max_tokens", False, threading.Event()
 
@@ -178,3 +185,53 @@ def reply_of(body: dict) -> dict:
     except (LookupError, TypeError, AttributeError):
         raise ValueError(f"no reply is in {json.dumps(body)[:200]}") from None
     return {**words, "finish": str(finish), "confidence": sure, "model": str(body.get("model"))}
+
+
+def ask_all(teacher: Teacher, asked: list[dict], todo: list[int], out) -> tuple[str, int]:
+    """Ask for the replies of `todo`, numbers of requests in `asked`, in several threads; each one
+    is committed to `out`, a GrowingFile, as it comes. Returns which limit was in the way, if one
+    was, and how many requests failed. Raises ValueError where asking on is of no use; what was
+    under way then is kept, too."""
+    args, waiting, came = teacher.args, queue.SimpleQueue(), queue.SimpleQueue()
+    for number in todo:
+        waiting.put(number)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                number = waiting.get_nowait()
+                try:
+                    came.put(teacher.ask(asked[number]["turns"], number))
+                except (Limit, Failed) as fault:
+                    came.put(fault)
+                except Exception as fault:
+                    teacher.close()
+                    came.put(fault)  # for the main thread to raise
+        came.put(None)
+
+    limit, failed, in_a_row, fatal = "", 0, 0, None
+    before = len(asked) - len(todo)
+    with progress_bar(len(asked), args.out.name, before, unit="reply") as bar:
+        for _ in range(args.threads):  # as daemons they keep nobody waiting who presses Ctrl-C
+            threading.Thread(target=work, daemon=True).start()
+        for reply in (x for _ in range(args.threads) for x in iter(came.get, None)):
+            if isinstance(reply, Limit):
+                limit = str(reply) or limit
+                continue
+            if isinstance(reply, dict):
+                line = teacher.hide(json.dumps(reply, ensure_ascii=False))
+                out.file.write(f"{line}\n".encode())
+                in_a_row = 0
+                bar.update()
+            elif isinstance(reply, Failed):
+                failed, in_a_row = failed + 1, in_a_row + 1
+                if in_a_row == FAILURES:
+                    reply = ValueError(f"{reply}: {in_a_row} requests in a row have failed")
+            if isinstance(reply, Exception) and not isinstance(reply, Failed):
+                fatal = fatal or reply
+                teacher.close()
+            out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))
+    out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))  # of what failed last
+    if fatal is not None:
+        raise fatal
+    return limit, failed

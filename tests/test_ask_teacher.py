@@ -227,7 +227,8 @@ def test_how_long_it_waits(fake, monkeypatch):
     """Ever longer, but as long as the server says where that is no eternity."""
     waited = []
     event = SimpleNamespace(wait=waited.append, set=lambda: None)
-    names = SimpleNamespace(Event=lambda: event, Condition=threading.Condition)
+    real = {"Condition": threading.Condition, "Thread": threading.Thread}
+    names = SimpleNamespace(Event=lambda: event, **real)
     monkeypatch.setattr(teacher_api, "WAIT", 1.0)
     monkeypatch.setattr(teacher_api, "threading", names)
     after = {3: "7.5", 4: "1e9", 5: "nan", 6: "soon"}

@@ -23,7 +23,7 @@ import train_distill_reason
 import train_distillation
 import train_pretrain
 from bench import benchmark, costs
-from dataset import make_traces, prepare, teacher_cache
+from dataset import ask_teacher, make_traces, prepare, teacher_cache
 from dataset.teacher_cache import HEADER_BYTES
 from dataset.tokenizer import encode, load_tokenizer
 from eval import chat, perplexity, plots, reasoning
@@ -38,6 +38,7 @@ COMMANDS = {
     "distill": train_distillation,
     "reason": train_distill_reason,
     "traces": make_traces,
+    "ask": ask_teacher,
     "cache": teacher_cache,
     "cached": cached_teacher,
     "perplexity": perplexity,
@@ -594,6 +595,14 @@ CASES = [
     ("chat --model nowhere", {}, "no checkpoint in 'nowhere'"),
     ("chat --model {teacher} --temperature -1", {}, "--temperature -1.0 must be between"),
     ("chat --model {teacher} --max_new_tokens 5000", {}, "--max_new_tokens 5000 must be"),
+    # Asking a server, before it is asked.
+    ("ask --model m", {}, "nothing says what to ask"),
+    ("ask --model m --prompts {in}/x --samples 0", {}, "--samples 0 must be between"),
+    ("ask --model m --prompts {in}/x", {"x": line(("u", "?"))}, '1 needs .*"answer"'),
+    ("ask --model m --keep all --prompts {in}/x", {"x": line(("a", "?"))}, "1 needs a user turn"),
+    ("ask --model m --seeds {in}/x --expand 3", {"x": "nope\n"}, "line 1 is not valid JSON"),
+    ("ask --model m --topics {in}/x --expand 3", {"x": b"\xff"}, "x is not UTF-8 text"),
+    ("ask --model m --topics {in}/x --expand 3", {"x": FIFO}, "x is a folder, a pipe"),
     # Pictures and numbers.
     ("plots --results nowhere", {}, "no results.csv below 'nowhere'"),
     *(
