@@ -162,7 +162,7 @@ def estimate(args, asked: list[dict], todo: list[int], budget: Budget) -> str:
     said = f"{args.model} at {args.api}: {len(todo):,} of {len(asked):,} requests to make, about "
     said += f"{amount[1]:,} tokens of prompts, at most {amount[2]:,} of replies"
     if any(budget.prices):
-        said += f": at most about {weighed(amount, budget.prices):,.2f}"
+        said += f": at most about {weighed(amount, budget.prices):,.4f}"
     limits = [f"--{name} {limit:,}" for name, limit, _ in budget.limits]
     return said + f"; it ends before {' or '.join(limits)} is passed" * bool(limits)
 
@@ -174,7 +174,7 @@ def report(args, counts: dict, cost: float) -> str:
     if reasons := [f"{count:,} {reason}" for reason, count in counts["left_out"].items()]:
         told += f", left out {', '.join(reasons)}"
     spent = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts["spent"].items()]
-    told += f"; spent in all {', '.join(spent)}" + f" at a cost of {cost:,.2f}" * (cost > 0)
+    told += f"; spent in all {', '.join(spent)}" + f" at a cost of {cost:,.4f}" * (cost > 0)
     if counts["failed"]:
         told += f"; {counts['failed']:,} requests failed, and the same command tries them again"
     if name := counts["ended_by"]:
