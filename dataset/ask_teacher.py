@@ -149,7 +149,7 @@ def requests_of(args) -> tuple[list[dict], list[dict]]:
 
 def read_replies(path: Path) -> dict[int, dict]:
     """The replies that are kept already, by number."""
-    parse = partial(check_keys, number=int, content=str, thought=str, finish=str)
+    parse = partial(check_keys, number=int, content=str, thought=str, finish=str, model=str)
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     found = (parse(parse_json(line, f"{path} line {n}"), f"{path} line {n}") for n, line in lines)
     return {reply["number"]: reply for reply in sorted(found, key=lambda reply: reply["number"])}
@@ -175,6 +175,8 @@ def report(args, counts: dict, cost: float) -> str:
         told += f", left out {', '.join(reasons)}"
     spent = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts["spent"].items()]
     told += f"; spent in all {', '.join(spent)}" + f" at a cost of {cost:,.4f}" * (cost > 0)
+    if counts["near_the_test"]:
+        told += f"; {counts['near_the_test']:,} are near the test and were not asked"
     if counts["failed"]:
         told += f"; {counts['failed']:,} requests failed, and the same command tries them again"
     if name := counts["ended_by"]:
@@ -201,9 +203,10 @@ def main(args) -> dict:
     out = files.GrowingFile(path, options, args.overwrite, **dict.fromkeys(COUNTS, 0))
     teacher.budget.spent = [out.record[name] for name in COUNTS]
     with out.file, closing(teacher):
-        todo = sorted(set(range(len(asked))) - read_replies(path).keys())
-        if args.prompts:  # no money for what is not kept
-            todo = [n for n in todo if not test.has(asked[n]["turns"][-1]["content"])]
+        rest = sorted(set(range(len(asked))) - read_replies(path).keys())
+        todo = rest
+        if args.prompts:  # no money for what would not be kept
+            todo = [n for n in rest if not test.has(asked[n]["turns"][-1]["content"])]
         print(estimate(args, asked, todo, teacher.budget), flush=True)
         limit, failed = ask_all(teacher, asked, todo, out)
     replies = {n: reply for n, reply in read_replies(path).items() if n < len(asked)}
@@ -211,7 +214,12 @@ def main(args) -> dict:
         lines, left_out = keep_replies(given, replies, args, test)
     else:
         lines, left_out = keep_questions(asked, given, replies, args, test)
-    counts = {"asked": len(asked), "replies": len(replies), "kept": len(lines)}
+    counts = {
+        "asked": len(asked) - len(rest) + len(todo),
+        "replies": len(replies),
+        "kept": len(lines),
+    }
+    counts["near_the_test"] = len(rest) - len(todo)  # and so not asked
     counts |= {"left_out": dict(left_out.most_common()), "failed": failed, "ended_by": limit}
     counts["spent"] = dict(zip(COUNTS, teacher.budget.spent, strict=True))
     told = report(args, counts, weighed(teacher.budget.spent, teacher.budget.prices))

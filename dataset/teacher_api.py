@@ -95,7 +95,7 @@ class Teacher:
             self.client = openai.OpenAI(base_url=args.api, **options)
         except Exception as error:  # of several libraries
             raise ValueError(f"--api {args.api} cannot be used ({error})") from None
-        self.args, self.budget, self.openai = args, budget, openai
+        self.args, self.budget, self.openai, self.in_a_row = args, budget, openai, 0
         self.most_name, self.has_answered, self.ended = "max_tokens", False, threading.Event()
 
     def close(self) -> None:
@@ -105,23 +105,27 @@ class Teacher:
 
     def ask(self, turns: list[dict], number: int) -> dict:
         """The reply. Raises Failed, Limit, or a ValueError for what no further request mends."""
-        most = [1, most_tokens(turns), self.args.max_new_tokens]
+        most, wait = [1, most_tokens(turns), self.args.max_new_tokens], 0.0
         for attempt in range(RETRIES + 1):
+            if attempt:
+                self.ended.wait(wait)
             self.budget.take(most)
             used, wait = most, WAIT * 2**attempt * random.uniform(0.75, 1.0)
+            name = self.most_name
             try:
-                body = self.post(turns, number)
+                body = self.post(turns, number, name)
                 used, self.has_answered = usage_of(body, most), True
-                return {"number": number, **reply_of(body)}
+                reply, self.in_a_row = reply_of(body), 0
+                return {"number": number, **reply}
             except self.openai.APIStatusError as error:
                 status, used = error.status_code, [1, 0, 0]
                 fault = self.told(f"{status}: {error.message}")
                 if status in (401, 403, 404):
                     raise ValueError(fault) from None
-                if "max_completion_tokens" in fault and self.most_name == "max_tokens":
+                if "max_completion_tokens" in error.message and name == "max_tokens":
                     self.most_name, wait = "max_completion_tokens", 0.0  # as OpenAI now calls it
                 elif status < 500 and status not in (408, 409, 429):
-                    raise Failed(fault) from None
+                    break
                 with suppress(ValueError):
                     said = float(error.response.headers.get("retry-after", ""))
                     wait = said if 0 <= said <= LONGEST else wait
@@ -134,13 +138,15 @@ class Teacher:
                 fault = self.told(str(error))
             finally:
                 self.budget.settle(most, used)
-            self.ended.wait(wait)
+        self.in_a_row += 1
+        if self.in_a_row >= FAILURES:
+            raise ValueError(f"{fault}: {self.in_a_row} requests in a row have failed")
         raise Failed(fault)
 
-    def post(self, turns: list[dict], number: int) -> dict:
+    def post(self, turns: list[dict], number: int, most_name: str) -> dict:
         """The body of the answer to one request."""
         args = self.args
-        request = {"model": args.model, "messages": turns, self.most_name: args.max_new_tokens}
+        request = {"model": args.model, "messages": turns, most_name: args.max_new_tokens}
         if args.temperature is not None:
             request["temperature"] = args.temperature
         if args.seed is not None:
@@ -209,7 +215,7 @@ def ask_all(teacher: Teacher, asked: list[dict], todo: list[int], out) -> tuple[
                     came.put(fault)  # for the main thread to raise
         came.put(None)
 
-    limit, failed, in_a_row, fatal = "", 0, 0, None
+    limit, failed, fatal = "", 0, None
     before = len(asked) - len(todo)
     with progress_bar(len(asked), args.out.name, before, unit="reply") as bar:
         for _ in range(args.threads):  # as daemons they keep nobody waiting who presses Ctrl-C
@@ -221,15 +227,11 @@ def ask_all(teacher: Teacher, asked: list[dict], todo: list[int], out) -> tuple[
             if isinstance(reply, dict):
                 line = teacher.hide(json.dumps(reply, ensure_ascii=False))
                 out.file.write(f"{line}\n".encode())
-                in_a_row = 0
                 bar.update()
             elif isinstance(reply, Failed):
-                failed, in_a_row = failed + 1, in_a_row + 1
-                if in_a_row == FAILURES:
-                    reply = ValueError(f"{reply}: {in_a_row} requests in a row have failed")
-            if isinstance(reply, Exception) and not isinstance(reply, Failed):
+                failed += 1
+            else:
                 fatal = fatal or reply
-                teacher.close()
             out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))
     out.commit(**dict(zip(COUNTS, teacher.budget.spent, strict=True)))  # of what failed last
     if fatal is not None:
