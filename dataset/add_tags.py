@@ -22,7 +22,7 @@ from torch import nn
 import files
 from files import command_line
 from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
-from model import kept_dtype, load_model, save_model
+from model import load_model, save_model
 from model.control import content_of
 
 from .tokenizer import TAGS, load_tokenizer
@@ -64,7 +64,7 @@ def main(args) -> None:
     files.check_free(args.out, ("manifest.json", UNFINISHED), args.overwrite)
     if (args.out / "manifest.json").exists() and not args.overwrite:
         raise ValueError(f"{args.out} holds a model: pass --overwrite to replace it")
-    model = load_model(args.model, dtype=kept_dtype(args.model))
+    model = load_model(args.model, dtype=None)
     tokens, before = known.get_vocab_size(), model.config.vocab_size
     grow_rows(model, tokens, len(missing))
     stale = of_model_in(args.out, "manifest.json")

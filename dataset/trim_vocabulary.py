@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 import files
 from files import command_line, new_parser, read_json, write_json
 from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
-from model import Transformer, kept_dtype, load_model, save_model
+from model import Transformer, load_model, save_model
 from model.checkpoint import checkpoint_files
 from model.vocabulary import select_rows
 
@@ -140,7 +140,7 @@ def write_trimmed(folder: Path, out: Path, model: Transformer, kept: dict[str, i
             ids = {k: v if type(before[k]) is list else (v or [None])[0] for k, v in ids.items()}
             own[path] = before | ids
             write_json(path, own[path])
-    save_model(model.to(kept_dtype(folder)), out)  # which keeps the ids that it finds there
+    save_model(model, out)  # which keeps the ids that it finds there
     for path in (path for path in own if path.name == "generation_config.json"):
         write_json(path, own[path])  # as it was, with other settings
     for path in terms_in(folder):
@@ -172,11 +172,12 @@ def main(args) -> dict:
         if (args.model / name).is_file():
             used.update(chain(*named_ids(read_json(args.model / name)).values()))
     kept = kept_tokens(content, used)
-    rows, whole = list(kept.values()), load_model(args.model)
+    rows, whole = list(kept.values()), load_model(args.model, dtype=None)
+    stored = whole.lm_head.weight.dtype
     size, parameters = tokenizer.get_vocab_size(), whole.num_parameters()
     stream = documents[0] if args.data.is_dir() else np.concatenate(documents[:1000])
-    mass, nats = left_out(select_rows(whole, range(size)), rows, stream)
-    model = select_rows(whole, rows)
+    mass, nats = left_out(select_rows(whole, range(size)).float(), rows, stream)
+    model = select_rows(whole, rows).to(stored)
     record = {
         "made_from": made_from, "tokens_before": size, "tokens": len(rows),
         "mass_left_out": mass, "nats_left_out": nats, "kept": rows,

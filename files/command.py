@@ -15,6 +15,7 @@ from pathlib import Path
 # What torch says where memory is full, on a CPU and on a GPU.
 NO_MEMORY = ("can't allocate memory", "out of memory")
 NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # NUL, and how Python reads bytes that are no UTF-8
+NO_PATHS = ("system", "api")  # flags whose values are words or an address
 CACHED = "python -m methods.cached_teacher --teacher_cache FILE"
 
 
@@ -46,8 +47,7 @@ class Parser(argparse.ArgumentParser):
                 flag = word.split("=")[0] if word.startswith("--") else before
                 self.exit(2, f"error: {flag} is empty or no text: give it a value in UTF-8\n")
         parsed = super().parse_args(words, namespace)
-        others = ("system", "api")  # words, an address
-        named = {k: v for k, v in vars(parsed).items() if k not in others}
+        named = {k: v for k, v in vars(parsed).items() if k not in NO_PATHS}
         paths = {k: v for k, v in named.items() if isinstance(v, str) and "/" in v}
         vars(parsed).update({name: str(Path(path)) for name, path in paths.items()})
         return parsed

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .atomic import check_path
+from .command import NO_PATHS
 from .origin import remember_hashes
 
 held: dict[str, FileLock] = {}
@@ -23,7 +24,7 @@ def check_apart(args, presets=(), is_folder: bool = True, flag: str = "out") -> 
     out = Path(written).resolve()
     for name, value in vars(args).items():
         is_path = (
-            name not in (flag, "system")
+            name not in (flag, *NO_PATHS)
             and isinstance(value, (str, Path))
             and str(value) not in presets
         )

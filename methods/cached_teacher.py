@@ -7,9 +7,9 @@
     sample    weights w with E[w_v] = p_v, H entropy:    -H - sum_k w log q
     hidden    the teacher's hidden state:                the whole KL, one matrix product more
 
-topk is blind to what it dropped, tail to how that is spread: both are biased. sample is right on
-average (2503.16870), hidden is exact. KL points to the student; means are over labels that are not
--100. Charged: nothing of the teacher. Trap: float16 probabilities do not sum to 1.
+topk is blind to what it dropped, tail to how that is spread; sample is right on average
+(2503.16870). KL points to the student; means: over labels that are not -100. Charged: nothing of
+the teacher. Trap: float16 probabilities do not sum to 1.
 
     python -m dataset.teacher_cache && python -m methods.cached_teacher
     python -m dataset.teacher_cache --method topk --k 8                 # writes out/topk.cache
@@ -51,8 +51,8 @@ def compute_loss(student_logits, labels, method: str, kept, temperature: float, 
     labels (B, S); kept: ids, log_p (B, S, k), rest; for "hidden" the teacher's logits (B, S, V)."""
     valid, parts, T = labels != -100, {}, temperature
     log_probs = at_least_float32(student_logits).log_softmax(-1)
-    ids = [labels.masked_fill(~valid, 0)[..., None], *(kept[:1] if method != "hidden" else [])]
-    log_q = log_probs.gather(-1, torch.cat(ids, -1))  # once: its gradient is of (B, S, V)
+    seen = [] if method == "hidden" else kept[:1]  # one gather, as its gradient is (B, S, V)
+    log_q = log_probs.gather(-1, torch.cat([labels.masked_fill(~valid, 0)[..., None], *seen], -1))
     if alpha > 0:
         parts["ce"] = weighted_mean(-log_q[..., 0], valid)
     if alpha < 1 and method == "hidden":

@@ -83,7 +83,7 @@ def main(args) -> dict:
     data = open_data(args, args.student, args.teacher)
     teacher = run.teacher(args.teacher, data)
     batches = [data.batch(n, args.batch_size, args.seed)[0] for n in range(RANKED)]
-    whole = load_for(args.teacher, data, run.device)  # --teacher_dtype may have rounded the teacher
+    whole = teacher if args.teacher_dtype == "float32" else load_for(args.teacher, data, run.device)
     student = run.student(cut_out(args, whole, [x.to(run.device) for x in batches]), data)
     run.optimize(student)
     for input_ids, labels in run.batches(data):  # (B, S) each

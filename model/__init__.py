@@ -1,7 +1,6 @@
 """What learns: the Transformer, its presets, generation, and Hugging Face checkpoint folders."""
 
 from .checkpoint import (
-    kept_dtype,
     load_for,
     load_model,
     make_or_load,

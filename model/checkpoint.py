@@ -186,13 +186,6 @@ def load_model(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
     return model.requires_grad_().to(device).eval()
 
 
-def kept_dtype(folder) -> torch.dtype:
-    """In which dtype the weights of a checkpoint folder are kept, as config.json says."""
-    config = read_json(check_file(Path(folder) / "config.json"))
-    name = config.get("dtype") or config.get("torch_dtype")  # the latter before transformers 5
-    return getattr(torch, name) if name in ("bfloat16", "float16") else torch.float32
-
-
 def load_for(folder, data, device="cpu", dtype=torch.float32) -> Transformer:
     """`load_model`, with a row for each token of `data`'s tokenizer and no other
     (model/vocabulary.py). Raises ValueError where the model does not know the data's tokens."""
@@ -215,8 +208,8 @@ def make_or_load(name: str, vocab_size: int, data=None, teacher=None) -> Transfo
     folder `teacher`'s; raises ValueError if its vocabulary is not vocab_size, or its tokenizer not
     that of `data`."""
     if (few := layers_named(name)) is not None:
-        # In its own dtype until the other layers are gone: it may be large.
-        return take_layers(load_for(teacher, data, dtype=kept_dtype(teacher)), few).float()
+        # As it is stored until the other layers are gone: it may be large.
+        return take_layers(load_for(teacher, data, dtype=None), few).float()
     if name in PRESETS or not Path(name).exists():
         return Transformer(ModelConfig.preset(name, vocab_size))
     model = load_model(name) if data is None else load_for(name, data)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 LARGEST, MOST_LAYERS = 10**7, 1000  # a stranger's config.json may ask for more than memory holds
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODEL_TYPES = ("llama", "qwen2", "qwen3")  # of the same: what GGUF calls them, too
 
 
 class Llama3Scaling(NamedTuple):
@@ -94,7 +95,7 @@ class ModelConfig:
             del shape["attention_bias"]  # Qwen2 implies it, and Qwen3 reads it with o_proj included
         return {
             "architectures": [ARCHITECTURES[index]],
-            "model_type": ("llama", "qwen2", "qwen3")[index],
+            "model_type": MODEL_TYPES[index],
             **shape,
             "hidden_act": "silu", "attention_dropout": 0.0, "dtype": "float32",
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,

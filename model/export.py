@@ -19,8 +19,7 @@ from files import command_line
 
 from .checkpoint import is_finite, load_model
 from .experts import ExpertsConfig
-from .gguf_names import KINDS, ROPE_FACTORS, gguf_name, rotary_order
-from .gguf_read import gguf_library
+from .gguf_names import ROPE_FACTORS, gguf_library, names_in_gguf, rotary_order
 from .gguf_tokenizer import tokenizer_fields
 from .transformer import Transformer, rotary_frequencies
 
@@ -50,8 +49,7 @@ def settings(model: Transformer, folder: Path) -> tuple[str, dict[str, object]]:
     c = model.config
     if isinstance(c, ExpertsConfig):
         raise ValueError(f"{folder} has experts, which are not exported: use a dense model")
-    index = 2 if c.qk_norm else 1 if c.attention_bias else 0
-    kind = list(KINDS)[index]
+    kind = c.to_json()["model_type"]
     sizes = {
         "vocab_size": c.vocab_size, "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size, "block_count": c.num_hidden_layers,
@@ -71,7 +69,8 @@ def write_gguf(model: Transformer, folder: Path, path: Path, dtype: str) -> str:
     gguf, config, state = gguf_library(), model.config, model.state_dict()
     kind, fields = settings(model, Path(folder))
     types = gguf.GGMLQuantizationType
-    tensors = {gguf_name(name): tensor for name, tensor in state.items()}
+    names = names_in_gguf(kind, state, config.num_hidden_layers)
+    tensors = {names[name]: tensor for name, tensor in state.items()}
     if config.tie_word_embeddings:
         del tensors["output.weight"]
     if (scaling := config.rope_scaling) is not None:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from files import check_file
 
-from .config import Llama3Scaling, ModelConfig
-from .gguf_names import KINDS, ROPE_FACTORS, our_name, rotary_order
+from .config import MODEL_TYPES, Llama3Scaling, ModelConfig
+from .gguf_names import ROPE_FACTORS, gguf_library, names_in_gguf, rotary_order
 from .transformer import Transformer, rotary_frequencies
 
 BLOCK = 1 << 22  # numbers that are made at a time
-NO_LIBRARY = "the gguf library is not installed: pip install -r requirements-real.txt"
 # Settings that change what a model computes, and the only value that is computed here. A factor of
 # scaling without a type is a linear one to llama.cpp.
 REFUSED = {
@@ -28,15 +27,6 @@ REFUSED = {
     "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "attention.scale": 0.0,
     "attention.causal": True, "logit_scale": 0.0, "residual_scale": 0.0, "embedding_scale": 0.0,
 }  # fmt: skip
-
-
-def gguf_library():
-    """The module gguf. Raises ValueError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(NO_LIBRARY) from None
-    return gguf
 
 
 class GGUF:
@@ -61,9 +51,9 @@ class GGUF:
             cure = "join them with llama.cpp's llama-gguf-split --merge"
             raise ValueError(f"{path} is one of {parts} files that belong together: {cure}")
         self.kind = self.field("general.architecture", str)
-        if self.kind not in KINDS:
+        if self.kind not in MODEL_TYPES:
             other = f"{path}: architecture '{self.kind}' is not supported"
-            raise ValueError(f"{other}: use a GGUF of {', '.join(KINDS)}")
+            raise ValueError(f"{other}: use a GGUF of {', '.join(MODEL_TYPES)}")
         self.found = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self.read_config()
         self.names = self.check_tensors()
@@ -135,12 +125,12 @@ class GGUF:
             wanted = Transformer(self.config).state_dict()
         if self.config.tie_word_embeddings:
             del wanted["lm_head.weight"]
-        names = {}
+        theirs = names_in_gguf(self.kind, wanted, self.config.num_hidden_layers)
+        known, names = {name: ours for ours, name in theirs.items()}, {}
         for name, tensor in self.found.items():
             if name == ROPE_FACTORS:
                 continue
-            ours = our_name(name)
-            if ours not in wanted:
+            if (ours := known.get(name)) is None:
                 unknown = f"{self.path}: tensor {name} is unknown in a {self.kind}"
                 raise ValueError(f"{unknown}: what it does would be left out, use another model")
             names[ours] = name

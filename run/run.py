@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from files import check_apart, git_state, hashes
 from model import (
     PRESETS,
-    kept_dtype,
     layers_named,
     load_for,
     make_or_load,
@@ -68,8 +67,8 @@ class Run:
         """The frozen model of a checkpoint folder, its weights kept in --teacher_dtype. Raises
         ValueError without one, or where its tokenizer is not the data's."""
         dtype = getattr(self.args, "teacher_dtype", "float32")
-        own = torch.float32 if dtype == "float32" else kept_dtype(folder)  # never twice as large
-        model = store_weights(load_for(folder, data, dtype=own), dtype)
+        stored = torch.float32 if dtype == "float32" else None  # as in the file: never larger
+        model = store_weights(load_for(folder, data, dtype=stored), dtype)
         if dtype != "float32":
             print(f"{folder}: its weights take {stored_bytes(model) / 1e6:,.1f} MB as {dtype}")
         self.teacher_folders.append(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.experiments import recipe
+from eval.experiments import recipe, recipe_table
 from model import ModelConfig, Transformer, load_model, save_model
 from tests.conftest import small_text
 
@@ -41,11 +41,12 @@ def args_of(*words):
 
 
 def test_from_a_folder_to_the_table(world, monkeypatch):
-    monkeypatch.setattr(recipe, "ANSWER", 4)
-    monkeypatch.setattr(recipe, "QUESTIONS", recipe.QUESTIONS[:2])
+    monkeypatch.setattr(recipe_table, "ANSWER", 4)
     monkeypatch.setattr(recipe, "run_command", in_this_process)
     monkeypatch.chdir(world)
-    rows = {row["model"]: row for row in recipe.main(args_of())}
+    Path("questions.txt").write_text("Who has apples?\n\nHow many?\n", "utf-8")
+    words = ("--questions", "questions.txt")
+    rows = {row["model"]: row for row in recipe.main(args_of(*words))}
     assert list(rows) == list(recipe.MODELS)
     with open("results/results.csv", newline="") as file:
         assert [row["model"] for row in csv.DictReader(file)] == list(rows)
@@ -64,7 +65,12 @@ def test_from_a_folder_to_the_table(world, monkeypatch):
         assert 2 < row["field_loss"] < 8 and 2 < row["other_loss"] < 8 and row["seed"] == 0
         assert abs(row["int8_bits_per_byte"] - row["field_bits_per_byte"]) < 0.05
     text = Path("results/answers.md").read_text("utf-8")
-    assert text.count("## ") == 2 and text.count("- distilled: ") == 2 and "in a chat" in text
+    assert (
+        text.count("## ") == 2
+        and "## How many?" in text
+        and text.count("- distilled: ") == 2
+        and "in a chat" in text
+    )
     assert "plain, equal seconds" in Path("results/table.md").read_text("utf-8")
     # Once more: nothing is run again; and another command is not taken for the one that ran.
     monkeypatch.setattr(recipe, "run_command", lambda words: pytest.fail(f"{words} ran again"))

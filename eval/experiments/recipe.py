@@ -17,11 +17,10 @@ done is not done again. docs/recipe.md tells them one by one.
 results.csv has for each: bits per byte on held-out text of the field, and off it on Shakespeare's
 plays (what was forgotten); tokens per second of one greedy continuation; megabytes of the file as
 bfloat16, int8 and int4, embedding included, and the field's loss with weights rounded to these.
-answers.md has what each answers to twenty questions.
+answers.md has what each answers to twenty questions, or to those of --questions.
 """
 
 import argparse
-import csv
 import shlex
 import subprocess
 import sys
@@ -29,13 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from dataset import PackedText
-from dataset.chat import encode_prompt, stop_ids
 from dataset.sources import text_paths
-from dataset.tokenizer import decode, encode, load_tokenizer
-from eval.report import table
 from files import (
     atomic_path,
     check_apart,
@@ -47,41 +40,14 @@ from files import (
     read_json,
     write_json,
 )  # fmt: skip
-from model import Transformer, generate, load_model, number_of_layers
+from model import number_of_layers
 from model.checkpoint import checkpoint_files
-from model.device import choose_device, describe_device, keep_freed_memory
+from model.device import keep_freed_memory
 from model.prune import even_layers
-from model.quantize import quantized_weights, save_quantized
-from run import evaluate
+
+from .recipe_table import MODELS, answers, measure, summary, write_csv
 
 RANGES = {"adapt_steps": (1, 10**6), "layers": (1, 1000), "windows": (1, 10**6)}
-WORDS, ANSWER, OFF_FIELD = 64, 48, 64  # tokens that are timed, of an answer; windows off the field
-MODELS = {  # the folder of each
-    "whole": "teacher", "trimmed": "trimmed", "adapted": "adapted", "plain": "plain",
-    "distilled": "distilled", "plain, equal seconds": "plain_longer",
-}  # fmt: skip
-QUESTIONS = """
-What does the pass statement do?
-What is a lambda expression?
-How do I raise an exception?
-What does the with statement do?
-What is the difference between a list and a tuple?
-What does the nonlocal statement do?
-How do I catch an exception?
-What does the del statement do?
-What is a dictionary?
-What does the yield expression do?
-What is the value of an empty list in a boolean test?
-How do I write a comment?
-What does the global statement do?
-What is the difference between break and continue?
-What does the assert statement do?
-How do I define a class?
-What is slicing?
-What does the import statement do?
-What is None?
-What does the operator ** compute?
-""".strip().splitlines()
 
 
 def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
@@ -179,93 +145,6 @@ def run_command(words: list[str]) -> int:
     return subprocess.run([sys.executable, *words]).returncode
 
 
-@torch.no_grad()
-def measure(root: Path, name: str, args) -> dict:
-    """The row of one model."""
-    folder = Path(args.teacher or root / "teacher") if name == "whole" else root / MODELS[name]
-    prefix, device = "whole_" if name == "whole" else "", choose_device("auto")
-    model, row = load_model(folder, device), {"model": name}
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    row |= {key: record.get(key, "") for key in ("tokens", "seconds", "flops", "peak_memory_mb")}
-    row["parameters"] = model.num_parameters()
-    field = PackedText(root / f"{prefix}data", "val", args.seq_len)
-    other = PackedText(root / f"{prefix}other", "val", args.seq_len)
-    for place, text, most in (("field", field, args.windows), ("other", other, OFF_FIELD)):
-        found = evaluate(model, text.evaluation(8, most), text.bytes_per_token)
-        row |= {
-            f"{place}_loss": found["val_loss"],
-            f"{place}_bits_per_byte": found["bits_per_byte"],
-        }
-    prompt = field.stream[:32].tolist()
-    started = time.perf_counter()
-    made = sum(map(len, generate(model, [prompt], WORDS, stop_ids=())))
-    row["tokens_per_second"] = made / (time.perf_counter() - started)
-    row["bfloat16_mb"] = 2 * model.num_parameters() / 1e6
-    for bits in (8, 4):
-        row[f"int{bits}_mb"] = save_quantized(model, root, bits, embeddings=True) / 1e6
-        rounded = Transformer(model.config).to(device).eval()
-        rounded.load_state_dict(quantized_weights(model, bits, True), strict=False)
-        found = evaluate(rounded, field.evaluation(8, args.windows), field.bytes_per_token)
-        row[f"int{bits}_bits_per_byte"] = found["bits_per_byte"]
-    (root / "quantized.safetensors").unlink()
-    return {**row, "seed": args.seed, "device": describe_device(device)}
-
-
-def answers(root: Path, args) -> str:
-    """Markdown: each question, and the beginning of what each model writes to it, greedily. The
-    teacher as it comes is asked in its chat template, too, if it has one."""
-    written = {}
-    for name in MODELS:
-        folder = Path(args.teacher or root / "teacher") if name == "whole" else root / MODELS[name]
-        model, tokenizer = load_model(folder, choose_device("auto")), load_tokenizer(folder)
-        prompts = [encode(tokenizer, f"Question: {q}\nAnswer:") for q in QUESTIONS]
-        asked = {name: prompts}
-        if name == "whole":
-            chat = [[{"role": "user", "content": f"In Python: {q}"}] for q in QUESTIONS]
-            try:
-                asked["whole, in a chat"] = [encode_prompt(tokenizer, turns) for turns in chat]
-            except ValueError as error:
-                print(f"not asked in a chat: {error}")
-        for how, prompts in asked.items():
-            found = generate(model, prompts, ANSWER, stop_ids=stop_ids(tokenizer))
-            written[how] = [decode(tokenizer, ids) for ids in found]
-    blocks = []
-    for number, question in enumerate(QUESTIONS):
-        lines = [f"## {question}", ""]
-        for name, texts in written.items():
-            text = " ".join(texts[number].split("Question:")[0].split()).replace("`", "'")
-            lines.append(f"- {name}: `{text or '(nothing)'}`")
-        blocks.append("\n".join(lines))
-    title = f"# Answers\n\nGreedy, {ANSWER} tokens, after `Question: ...` and `Answer:`.\n"
-    return "\n\n".join([title.rstrip(), *blocks]) + "\n"
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        short = ({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-        writer.writerows(short)
-
-
-def summary(rows: list[dict], took: dict) -> str:
-    """The table that is printed, and how long the stages took."""
-    columns = ["model", "M parameters", "seconds", "bits/byte: field", "int8", "int4",
-               "bits/byte: off it", "tokens/s", "MB: bf16", "int8", "int4"]  # fmt: skip
-    cells = []
-    for row in rows:
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
-        names = ("field", "int8", "int4", "other")
-        field, int8, int4, other = (f"{row[f'{name}_bits_per_byte']:.3f}" for name in names)
-        sizes = [f"{row[f'{name}_mb']:.0f}" for name in ("bfloat16", "int8", "int4")]
-        cells.append([row["model"], f"{row['parameters'] / 1e6:.1f}", seconds, field, int8, int4,
-                      other, f"{row['tokens_per_second']:.1f}", *sizes])  # fmt: skip
-    spent = {name: stage["seconds"] / 60 for name, stage in took.items()}
-    minutes = ", ".join(f"{name} {minutes:.1f}" for name, minutes in spent.items())
-    total = sum(spent.values())
-    return f"{table(columns, cells)}\n\nMinutes of each stage: {minutes}; together {total:.0f}.\n"
-
-
 def parse_args(argv=None):
     parser = new_parser(__doc__, **RANGES)
     add = parser.add_argument
@@ -274,6 +153,8 @@ def parse_args(argv=None):
     add("--other", type=Path, help="a text off the field; default Shakespeare's plays")
     add("--root", type=Path, default=Path("out/recipe"), help="folder of all that is made")
     add("--results", type=Path, help="folder of results.csv and answers.md; default ROOT/results")
+    asked = "text file, one on a line, to ask all models; default: of Python, without --text"
+    add("--questions", type=Path, help=asked)
     add("--layers", type=int, default=15, help="of the student")
     add("--adapt_steps", type=int, default=60, help="of the teacher's adapter")
     add("--steps", type=int, default=100, help="of the students, 8 sequences each")
@@ -288,7 +169,7 @@ def main(args) -> list[dict]:
     args.results = args.results or args.root / "results"
     for flag, mark in (("root", "stages.json"), ("results", "results.csv")):
         folder = getattr(args, flag)
-        texts = {"text": args.text, "other": args.other}
+        texts = {"text": args.text, "other": args.other, "questions": args.questions}
         check_apart(argparse.Namespace(**{flag: folder}, **texts), flag=flag)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
             others = f"--{flag} {folder} holds files that this command did not make"
@@ -299,10 +180,13 @@ def main(args) -> list[dict]:
     rows = [measure(args.root, name, args) for name in MODELS]
     took = read_json(args.root / "stages.json")
     write_csv(args.results / "results.csv", rows)
-    for name, text in (("answers.md", answers(args.root, args)), ("table.md", summary(rows, took))):
+    texts = {"table.md": summary(rows, took)}
+    if args.questions is not None or args.text is None:
+        texts["answers.md"] = answers(args.root, args)
+    for name, text in texts.items():
         with atomic_path(args.results / name) as temporary:
             temporary.write_text(text, "utf-8")
-    print(f"\n{summary(rows, took)}\n{args.results}: results.csv, table.md, answers.md")
+    print(f"\n{texts['table.md']}\n{args.results}: results.csv, {', '.join(texts)}")
     return rows
 
 
