@@ -217,6 +217,7 @@ def main(args) -> list[dict]:
     if args.out.is_file():
         read_results(args.out)  # raises where it is not ours
     machine.keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # as a run has it
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.available_cores())
     device = machine.choose_device(args.device)

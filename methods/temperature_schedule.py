@@ -79,7 +79,7 @@ def main(args) -> dict:
             with torch.no_grad():
                 teacher_logits = teacher(input_ids)
         loss, parts = compute_loss(student_logits, teacher_logits, labels, T, args.alpha)
-        run.step(loss, temperature=torch.tensor(T), **parts)
+        run.step(loss, temperature=T, **parts)
     return run.finish()
 
 

@@ -63,7 +63,8 @@ class Accumulated:
         (share * loss).backward()
         self.loss += share * loss.detach()
         for name, value in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + share * value.detach()
+            value = torch.as_tensor(value, device=loss.device).detach()  # a number, or a tensor
+            self.parts[name] = self.parts.get(name, 0.0) + share * value
         if weight is not None:
             self.weight = share + (0.0 if self.weight is None else self.weight)
 

@@ -151,7 +151,7 @@ class Run:
         with torch.no_grad(), self.precision(), machine.not_compiled(self.args.compile), counted:
             return sample(*batch, generator)
 
-    def step(self, loss: Tensor, weight: Tensor | None = None, **parts: Tensor) -> bool:
+    def step(self, loss: Tensor, weight: Tensor | None = None, **parts: Tensor | float) -> bool:
         """Add the gradient of this micro-batch's loss; with the batch's last one, change the
         weights. Returns whether it did.
 

@@ -15,6 +15,13 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--gpu", action="store_true", help="let tests see the GPU: tests/test_gpu.py")
+
+
+def pytest_configure(config):
+    """The tests are about the CPU, on a machine with a GPU too: theirs are equal bits."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first asked for
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -147,3 +147,18 @@ def test_pieces_are_cut_at_few_widths():
         labels[row, last] = 1
     widths = [piece[0].shape[1] for piece, _ in micro_batches((ids, labels), 4, padded=True)]
     assert widths == [COLUMNS, COLUMNS, 2 * COLUMNS, 70]
+
+
+def test_parts_are_numbers_or_tensors_wherever_the_loss_is():
+    """A number of the schedule (a temperature) once ended every run on a GPU: it was on the CPU."""
+    labels = torch.tensor([[1, 2], [3, -100]])
+    whole = Accumulated((labels, labels), CPU)
+    for temperature, count in ((4.0, 2), (1.0, 1)):
+        loss = torch.zeros((), requires_grad=True)
+        whole.add(loss, {"temperature": temperature}, count, None)
+    assert whole.totals() == (0.0, {"temperature": pytest.approx(3.0)})
+    elsewhere = torch.device("meta")
+    whole = Accumulated((labels, labels), elsewhere)
+    loss = torch.zeros((), device=elsewhere, requires_grad=True)
+    whole.add(loss, {"ce": loss, "temperature": 2.0, "kept": torch.tensor(0.5)}, 3, None)
+    assert {part.device for part in whole.parts.values()} == {elsewhere}
