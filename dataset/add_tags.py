@@ -21,7 +21,7 @@ from torch import nn
 
 import files
 from files import command_line
-from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
+from files.atomic import UNFINISHED, atomic_folder, copy_terms, of_model_in
 from model import load_model, save_model
 from model.control import content_of
 
@@ -85,8 +85,7 @@ def main(args) -> None:
                 listed[str(tokenizer.token_to_id(tag))] = token
             files.write_json(path, config)
         save_model(model, out)
-        for path in terms_in(args.model):
-            shutil.copyfile(path, out / path.name)
+        copy_terms(args.model, out)
     files.unlock(args.out)
     rows = model.config.vocab_size
     grown = f"{rows - before} rows added" if rows > before else "in rows that were spare"

@@ -30,7 +30,6 @@ trimmed.json has the old id of each token, and what all was made from.
 """
 
 import argparse
-import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from tokenizers import Tokenizer
 
 import files
 from files import command_line, new_parser, read_json, write_json
-from files.atomic import UNFINISHED, atomic_folder, of_model_in, terms_in
+from files.atomic import UNFINISHED, atomic_folder, copy_terms, of_model_in
 from model import Transformer, load_model, save_model
 from model.checkpoint import checkpoint_files
 from model.vocabulary import select_rows
@@ -143,8 +142,7 @@ def write_trimmed(folder: Path, out: Path, model: Transformer, kept: dict[str, i
     save_model(model, out)  # which keeps the ids that it finds there
     for path in (path for path in own if path.name == "generation_config.json"):
         write_json(path, own[path])  # as it was, with other settings
-    for path in terms_in(folder):
-        shutil.copyfile(path, out / path.name)
+    copy_terms(folder, out)
 
 
 def main(args) -> dict:
@@ -190,6 +188,8 @@ def main(args) -> dict:
     fewer = f"{size:,} -> {len(rows):,} tokens, {parameters:,} -> {model.num_parameters():,}"
     others = f"the others had {mass:.2%} of the model's mass on this data"
     print(f"{args.out}: {fewer} parameters; {others}, {nats:.4f} nats per token")
+    if len(rows) == size:
+        print(f"the data uses every token: {args.model} would have served as well")
     return record
 
 

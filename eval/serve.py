@@ -3,8 +3,8 @@
     python -m eval.serve --model out/reasoner         # a client's base URL: http://127.0.0.1:8000/v1
 
 It knows GET /health, /v1/models, and POST /v1/chat/completions: messages, max_tokens, temperature,
-top_p, seed, stream. A field that would change a reply and is not known (tools, stop) is refused.
-Greedy unless a temperature is asked for; one reply at a time. No key: --host decides who gets in.
+top_p, seed, stream, its usage. A field that would change a reply and is not known (tools, stop) is
+refused. Greedy unless a temperature is asked for; one reply at a time; --host decides who gets in.
 """
 
 import json
@@ -16,8 +16,7 @@ import torch
 
 from dataset.chat import check_conversation, encode_prompt, stop_ids
 from dataset.tokenizer import decode, load_tokenizer
-from files import check_ranges, command_line, new_parser
-from files.atomic import parse_json
+from files import check_ranges, command_line, new_parser, parse_json
 from model import load_model, stream
 from model.device import choose_device
 
@@ -25,7 +24,7 @@ RANGES = {"port": (0, 65535), "wait": (0, 10**6), "max_new_tokens": (1, 10**6)}
 LARGEST, IDLE = 2**20, 30  # bytes of a request; seconds that a client may keep the server waiting
 LIMITS = {"temperature": (0.0, 10.0), "top_p": (1e-6, 1.0), "seed": (0, 2**31), "n": (1, 1)}
 LIMITS |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (1, 10**9))
-OTHERS = ("messages", "stream", "model", "user", "stream_options")
+OTHERS, COUNTS = ("messages", "stream", "model", "user", "stream_options"), {"include_usage": True}
 
 
 class Server(ThreadingHTTPServer):  # the model, and whose turn it is
@@ -72,8 +71,7 @@ class Server(ThreadingHTTPServer):  # the model, and whose turn it is
 class Handler(BaseHTTPRequestHandler):
     timeout = IDLE
 
-    def log_message(self, *_) -> None:
-        """Not a line for each request."""
+    def log_message(self, *_) -> None: ...  # not a line for each request
 
     def send(self, status: int, value: dict, kind: str = "application/json") -> None:
         self.send_response(status)
@@ -102,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             if not self.server.turn.acquire(timeout=self.server.args.wait):
                 return self.refuse(503, "others are being answered: try again later")
             try:
-                self.complete(self.server.read(body), body.get("stream") is True)
+                self.complete(self.server.read(body), body)
             finally:
                 self.server.turn.release()
         except ValueError as error:
@@ -110,7 +108,8 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client has gone, or sent nothing for too long
 
-    def complete(self, asked: tuple[list[int], int, dict], streams: bool) -> None:
+    def complete(self, asked: tuple[list[int], int, dict], body: dict) -> None:
+        streams, counts = body.get("stream") is True, body.get("stream_options") == COUNTS
         about = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time())}
         about |= {"model": self.server.args.model, "object": "chat.completion" + ".chunk" * streams}
         if streams:
@@ -121,9 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             sizes = {"prompt_tokens": len(asked[0]), "completion_tokens": count}
             if streams:
                 self.wfile.write(f"data: {json.dumps(about)}\n\n".encode())
-        if streams:
-            return self.wfile.write(b"data: [DONE]\n\n")
-        self.send(200, {**about, "usage": {**sizes, "total_tokens": sum(sizes.values())}})
+        about["usage"] = {**sizes, "total_tokens": sum(sizes.values())}
+        if not streams:
+            return self.send(200, about)
+        for last in [json.dumps({**about, "choices": []})] * counts + ["[DONE]"]:
+            self.wfile.write(f"data: {last}\n\n".encode())
 
 
 def parse_args(argv=None):

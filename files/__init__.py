@@ -5,6 +5,7 @@ from .atomic import (
     check_file,
     check_keys,
     copy_tokenizer,
+    parse_json,
     read_json,
     tokenizer_paths,
     write_json,

@@ -67,6 +67,12 @@ def terms_in(folder) -> list[Path]:
     return sorted(p for name in ("LICENSE*", "NOTICE*") for p in Path(folder).glob(name))
 
 
+def copy_terms(source, folder) -> None:
+    """Copy them: they go with the weights, wherever those go."""
+    for path in terms_in(source):
+        shutil.copyfile(path, Path(folder, path.name))
+
+
 def of_model_in(folder: Path, mark: str) -> tuple[str, ...]:
     """The names of files in `folder` that would be taken for a new model's: those of a tokenizer
     and, where `mark` lies there, so that we made what is there, its terms."""

@@ -4,7 +4,8 @@ Counted are matrix products, 2 operations per multiply-add, forward and backward
 formulas; those know no attention on a CPU, so attention has one of its own everywhere:
 
     forward    2 products (queries with keys, maps with values) of 2 * B * H * S * keys * d each
-    backward   5 such products: the two gradients of each, and the maps once more
+    backward   5 such products: the two gradients of each, and the maps once more; 4 on CUDA in
+               float32 with shared key-value heads, where torch has no kernel and keeps the maps
 
 Counting is slow, so of each kind of work (a shape of micro-batch, or sampling) the first 4 are
 counted and then one in 97; the others are taken to cost as much per token.

@@ -91,6 +91,7 @@ class Run:
         model = name if is_made else make_or_load(name, data.vocab_size, data, source)
         if not is_made and name not in PRESETS:
             self.training.folder.made_from |= hashes(*checkpoint_files(source))
+            self.training.begun_from.append(source)
         if not self.training.students:
             choose_optimizer(self.args, None if is_made else name, model.config.hidden_size)
         self.training.students.append(self.to_device(model))

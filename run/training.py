@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from files.atomic import copy_terms
 from model import save_model
 from model.device import give_back_memory, not_compiled
 
@@ -30,6 +31,7 @@ class Training:
         self.args, self.device = args, device
         self.folder, self.log, self.meter = RunFolder(args), Log(Path(args.out)), Meter(args)
         self.students: list[nn.Module] = []
+        self.begun_from: list = []  # folders whose weights students began as
         self.modules: list[nn.Module] = []  # whose state is kept
         self.optimizers: list[Optimizer] = []
         self.step, self.saved_step = 0, None  # steps done, and how many the newest state has
@@ -179,5 +181,7 @@ class Training:
         self.save_models(self.folder.path)
         if parallel.is_main():
             self.log.write()
+            for source in self.begun_from:
+                copy_terms(source, self.folder.path)
             self.folder.finish(record)
         parallel.barrier()

@@ -399,22 +399,15 @@ def test_the_last_point_of_a_curve_is_the_number_of_the_table(reproduced):
         assert float(row["val_loss"]) == pytest.approx(float(table[key]), rel=1e-5)
 
 
-def test_the_second_call_runs_nothing(reproduced, capsys, monkeypatch):
+def test_a_second_call_trains_nothing_and_a_lost_row_comes_back(reproduced, capsys, monkeypatch):
     before = {p: p.read_bytes() for p in reproduced.rglob("results.csv")}
+    path = reproduced / "results" / "alpha" / "results.csv"
+    path.write_bytes(b"".join(before[path].splitlines(keepends=True)[:-1]))
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)  # would fail if anything were to run
+    monkeypatch.setattr(plots, "draw_all", lambda results: [])  # as above: they take their time
     reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
     assert {p: p.read_bytes() for p in reproduced.rglob("results.csv")} == before
     assert "pictures:" in capsys.readouterr().out
-
-
-def test_a_lost_row_comes_back_without_training(reproduced, monkeypatch):
-    path = reproduced / "results" / "alpha" / "results.csv"
-    before = path.read_text("utf-8")
-    lines = before.splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]), "utf-8")
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)
-    reproduce.main(reproduce.parse_args(["--preset", "tiny"]))
-    assert path.read_text("utf-8") == before
 
 
 def test_a_folder_with_other_flags_is_not_taken_for_done(reproduced):

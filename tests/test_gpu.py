@@ -37,7 +37,8 @@ def ends_alike(script, words, data, tmp_path):
     )
     for record in others:
         assert CHECKED == "cpu" or record["device"] != on_cpu["device"]
-        assert record["flops"] == pytest.approx(on_cpu["flops"], rel=1e-6)
+        # Not equal: see run/meter.py on shared key-value heads, as all presets have them.
+        assert record["flops"] == pytest.approx(on_cpu["flops"], rel=0.03)
         loss = record["metrics"]["val_loss"]
         assert loss == pytest.approx(on_cpu["metrics"]["val_loss"], rel=0.01)
 

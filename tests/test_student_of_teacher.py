@@ -139,6 +139,21 @@ def test_alpha_1_has_no_teacher_but_its_layers(prepared_folder, teacher, tmp_pat
     assert "layers:2: learns by adamw at rate 1e-12" in capsys.readouterr().out
 
 
+def test_the_licence_goes_with_the_weights(prepared_folder, teacher, tmp_path):
+    """Of layers that were copied, and of a checkpoint that was trained on; not of a teacher whose
+    weights are not in the student."""
+    licensed = shutil.copytree(teacher, tmp_path / "licensed")
+    (licensed / "LICENSE.txt").write_text("Apache-2.0")
+    words = ["--teacher", licensed, "--data", prepared_folder, *SIX]
+    for name, student, kept in (
+        ("a", "layers:2", True),
+        ("b", licensed, True),
+        ("c", "nano", False),
+    ):
+        run(train_distillation, *words, "--student", student, "--out", tmp_path / name)
+        assert (tmp_path / name / "LICENSE.txt").is_file() == kept
+
+
 def test_resumed_to_the_same_bits(prepared_folder, teacher, tmp_path, monkeypatch):
     words = ["--data", prepared_folder, "--teacher", teacher, "--student", "layers:2"]
     record = check_resume(train_distillation, [*words, "--teacher_dtype", "int8"], tmp_path,

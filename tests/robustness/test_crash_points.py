@@ -1,6 +1,6 @@
 """A crash just before every single file operation of a command: the same command then goes on, and
 ends with the same bytes. (test_kill.py kills at random moments; this leaves no moment out.) CI
-takes every seventh operation, from a random one on, of commands that share their code with another
+takes every 13th operation, from a random one on, of commands that share their code with another
 fewer; --slow takes all.
 
 The driver below runs in a process of its own: it imports everything once, then forks a child for
@@ -22,7 +22,7 @@ from tests.robustness.test_kill import ROOT, command_of, is_training, result_of
 
 STEPS = ["--steps", "6", "--eval_every", "2", "--batch_size", "2"]
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
-STRIDES = {"pretrain": 7, "distill": 23, "reason": 23, "cached": 23, "traces": 7, "cache": 3}
+STRIDES = {"pretrain": 13, "distill": 41, "reason": 41, "cached": 41, "traces": 11, "cache": 5}
 
 
 def crash_before(number: int, root: str) -> None:

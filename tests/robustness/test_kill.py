@@ -148,7 +148,7 @@ def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
     """Started at once in one folder: every row once, every run made once."""
     prepare_sweep(tmp_path, prepared_folder)
     with open(tmp_path / "log", "w+") as log:
-        words = [str(tmp_path / "sweep.py"), "2"]
+        words = [str(tmp_path / "sweep.py"), "1"]
         both = [start(words, tmp_path / "out", log) for _ in range(2)]
         codes = [process.wait(timeout=300) for process in both]
         log.seek(0)
@@ -156,7 +156,7 @@ def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
     assert codes == [0, 0], said[-3000:]
     with open(tmp_path / "results" / "headline" / "results.csv", newline="") as file:
         rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
-    assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "01"})
+    assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "0"})
     assert said.count("perplexity") == len(rows), said[-3000:]
 
 
