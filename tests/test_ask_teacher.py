@@ -579,6 +579,31 @@ def test_what_cannot_be_meant_is_refused(flags, told, fake, tmp_path):
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir() if ".lock" not in p.name}
 
 
+@pytest.mark.parametrize("flag", ["prompts", "seeds", "topics", "test"])
+@pytest.mark.parametrize("beside", ["", "link", ".replies.jsonl", ".finished.json"])
+def test_what_it_reads_is_never_what_it_writes(flag, beside, fake):
+    """Nor what it writes beside --out, even with --overwrite."""
+    flags = ["--expand", 3] if flag in ("seeds", "topics") else []
+    flags += ["--prompts", problems(2)] if flag == "test" else []
+    read = problems(2, f"x{beside.removeprefix('link')}")
+    Path("link").symlink_to("x")
+    before = Path(read).read_bytes()
+    server, ask = fake(lambda body, _: right(body))
+    with pytest.raises(ValueError, match=f"would write where --{flag} {read} is read"):
+        ask(f"--{flag}", read, *flags, "--overwrite", out="link" if beside == "link" else "x")
+    assert Path(read).read_bytes() == before and not server.bodies
+
+
+def test_replies_to_other_prompts_are_not_gone_on_with(fake):
+    server, ask = fake(right)
+    ask("--prompts", problems(2))
+    before = Path("asked.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="p.jsonl"):
+        ask("--prompts", problems(3))
+    assert Path("asked.jsonl").read_bytes() == before and len(server.bodies) == 2
+    assert ask("--prompts", "p.jsonl", "--overwrite")["kept"] == 3
+
+
 def test_without_the_client_a_sentence_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.chdir(tmp_path)
