@@ -134,7 +134,7 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
     """Families of fonts for `text`: the usual one, and those of the system that add characters of
     other scripts; and the characters that no font has."""
     families, missing = [], set(text) - {" "}
-    usual = font_manager.findfont("DejaVu Sans")
+    usual = str(Path(font_manager.findfont("DejaVu Sans")))  # matplotlib 3.11 has a type for it
     installed = {font.fname: font.name for font in font_manager.fontManager.ttflist}
     for path in dict.fromkeys([usual, *sorted(installed)]):
         found = set()

@@ -555,6 +555,17 @@ def test_mistakes_are_one_sentence(words, tmp_path, monkeypatch, capsys):
     assert told[-1].startswith("error: ") and "Traceback" not in "".join(told)
 
 
+def test_the_usual_font_is_found_by_its_path_alone(monkeypatch):
+    """From matplotlib 3.11 on a path of a font is more than its text, and equals no text."""
+
+    class FontPath(str):
+        __hash__, __eq__ = object.__hash__, object.__eq__
+
+    found = drawing.font_manager.findfont
+    monkeypatch.setattr(drawing.font_manager, "findfont", lambda name: FontPath(found(name)))
+    assert drawing.fonts_for("To be") == (["DejaVu Sans"], set())
+
+
 def measured(*losses, **columns):
     """Rows of one arm, a seed each."""
     return [{"seed": str(seed), "val_loss": str(loss), **columns}
