@@ -49,15 +49,20 @@ def draw_reasoning(results: Path, figure, name: str) -> None:
     axes[0].set_yticks(range(len(arms)), [f"{a} ({n})" for a, n in zip(arms, sizes, strict=True)])
     axes[0].invert_yaxis()
     said = {
-        f"{TAG}1": "Taught with steps written out, the student solves {:.0f}% of 3-step problems",
-        "answers alone": ";\ntaught with answers alone {:.0f}%",
-        "teacher's words": "; with steps in its teacher's words {:.0f}%",
+        f"{TAG}1": "Taught with steps written out, the student solves {} of 3-step problems",
+        "answers alone": ";\ntaught with answers alone {}",
+        "teacher's words": "; with steps in its teacher's words {}",
     }
-    title = "".join(words.format(spread(groups[arm], "accuracy_3", 100)[0])
+    title = "".join(words.format(percent(*spread(groups[arm], "accuracy_3", 100)))
                     for arm, words in said.items() if arm in groups)  # fmt: skip
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")
     xlabel = f"exact answers (% of held-out problems), higher is better →\n{seeds_of(rows)}"
     figure.supxlabel(xlabel, fontsize=10)
+
+
+def percent(mean: float, low: float, high: float) -> str:
+    """Seeds that are far apart must not hide behind their mean."""
+    return f"{mean:.0f}%" + f" ({low:.0f} to {high:.0f})" * (high - low >= 20)
 
 
 def draw_tag_weight(results: Path, figure) -> None:
