@@ -21,7 +21,6 @@ Shapes: B batch, S sequence, V vocabulary, N tokens, D and E widths of student a
 import argparse
 import contextlib
 import csv
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -216,10 +215,7 @@ def main(args) -> list[dict]:
     check_path(args.out, is_folder=False)
     if args.out.is_file():
         read_results(args.out)  # raises where it is not ours
-    machine.keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # as a run has it
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(machine.available_cores())
+    machine.prepare_process(seed=0, processes=1)  # as a run does
     device = machine.choose_device(args.device)
     earlier = read_results(args.against) if args.against else {}
     low = args.bfloat16 or machine.choose_precision("auto", device) == "bfloat16"

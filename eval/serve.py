@@ -3,8 +3,8 @@
     python -m eval.serve --model out/reasoner         # a client's base URL: http://127.0.0.1:8000/v1
 
 It knows GET /health, /v1/models, and POST /v1/chat/completions: messages, max_tokens, temperature,
-top_p, seed, stream, its usage. A field that would change a reply and is not known (tools, stop) is
-refused. Greedy unless a temperature is asked for; one reply at a time; --host decides who gets in.
+top_p, seed, stream, stream_options. Others that would change a reply (tools, stop) are refused.
+Greedy unless a temperature is asked for; one reply at a time. No key: --host decides who gets in.
 """
 
 import json
@@ -24,7 +24,7 @@ RANGES = {"port": (0, 65535), "wait": (0, 10**6), "max_new_tokens": (1, 10**6)}
 LARGEST, IDLE = 2**20, 30  # bytes of a request; seconds that a client may keep the server waiting
 LIMITS = {"temperature": (0.0, 10.0), "top_p": (1e-6, 1.0), "seed": (0, 2**31), "n": (1, 1)}
 LIMITS |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (1, 10**9))
-OTHERS, COUNTS = ("messages", "stream", "model", "user", "stream_options"), {"include_usage": True}
+OTHERS = ("messages", "stream", "model", "user", "stream_options")
 
 
 class Server(ThreadingHTTPServer):  # the model, and whose turn it is
@@ -109,21 +109,21 @@ class Handler(BaseHTTPRequestHandler):
             pass  # the client has gone, or sent nothing for too long
 
     def complete(self, asked: tuple[list[int], int, dict], body: dict) -> None:
-        streams, counts = body.get("stream") is True, body.get("stream_options") == COUNTS
+        streams, more = body.get("stream") is True, body.get("stream_options")
+        counts, size = isinstance(more, dict) and more.get("include_usage") is True, len(asked[0])
         about = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time())}
         about |= {"model": self.server.args.model, "object": "chat.completion" + ".chunk" * streams}
         if streams:
             self.send(200, {}, "text/event-stream")
-        for text, count, reason in self.server.reply(*asked, streams):
+        for text, count, reason in self.server.reply(*asked, streams):  # noqa: B007, count is told
             said = {"delta" if streams else "message": {"role": "assistant", "content": text}}
             about["choices"] = [{"index": 0, "finish_reason": reason, **said}]
-            sizes = {"prompt_tokens": len(asked[0]), "completion_tokens": count}
             if streams:
                 self.wfile.write(f"data: {json.dumps(about)}\n\n".encode())
-        about["usage"] = {**sizes, "total_tokens": sum(sizes.values())}
+        usage = {"prompt_tokens": size, "completion_tokens": count, "total_tokens": size + count}
         if not streams:
-            return self.send(200, about)
-        for last in [json.dumps({**about, "choices": []})] * counts + ["[DONE]"]:
+            return self.send(200, {**about, "usage": usage})
+        for last in [json.dumps({**about, "choices": [], "usage": usage})] * counts + ["[DONE]"]:
             self.wfile.write(f"data: {last}\n\n".encode())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import files
-from files.atomic import move
+from files.atomic import move, terms_in
 
 from . import parallel
 
@@ -70,6 +70,10 @@ class RunFolder:
         if parallel.is_main():
             (self.path / "resume").mkdir(parents=True, exist_ok=True)
             if overwrite:
+                if record.is_file():
+                    nested = [*self.path.glob("best/**/"), *self.path.glob("student*/")]
+                    for terms in (t for folder in (self.path, *nested) for t in terms_in(folder)):
+                        terms.unlink()  # of the weights that go
                 record.unlink(missing_ok=True)
                 for old in states:
                     old.unlink()

@@ -176,12 +176,12 @@ class Training:
             if parallel.is_main():
                 target = folder / f"student{number}" if number > 1 else folder
                 save_model(student, target, self.data.tokenizer_folder, state)
+                for source in self.begun_from:
+                    copy_terms(source, target)
 
     def finish(self, record: dict) -> None:
         self.save_models(self.folder.path)
         if parallel.is_main():
             self.log.write()
-            for source in self.begun_from:
-                copy_terms(source, self.folder.path)
             self.folder.finish(record)
         parallel.barrier()

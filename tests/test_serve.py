@@ -199,7 +199,8 @@ def test_openais_client(server, folder):
     assert whole.usage.completion_tokens == 9
     chunks = client.chat.completions.create(model="x", messages=HELLO, max_tokens=9, stream=True)
     assert "".join(c.choices[0].delta.content for c in chunks) == expected(folder, 9)[0]
-    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    asked = {"include_usage": True, "include_obfuscation": False}
+    asked = {"stream": True, "stream_options": asked}
     *pieces, last = client.chat.completions.create(model="x", messages=HELLO, max_tokens=9, **asked)
     assert (last.choices, last.usage) == ([], whole.usage) and not any(p.usage for p in pieces)
     assert [model.id for model in client.models.list()] == [str(folder)]

@@ -141,17 +141,23 @@ def test_alpha_1_has_no_teacher_but_its_layers(prepared_folder, teacher, tmp_pat
 
 def test_the_licence_goes_with_the_weights(prepared_folder, teacher, tmp_path):
     """Of layers that were copied, and of a checkpoint that was trained on; not of a teacher whose
-    weights are not in the student."""
+    weights are not in the student, nor what is left of other weights."""
     licensed = shutil.copytree(teacher, tmp_path / "licensed")
     (licensed / "LICENSE.txt").write_text("Apache-2.0")
     words = ["--teacher", licensed, "--data", prepared_folder, *SIX]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "LICENSE").write_text("mine")
     for name, student, kept in (
-        ("a", "layers:2", True),
-        ("b", licensed, True),
-        ("c", "nano", False),
+        ("made", "layers:2", True),
+        ("trained", licensed, True),
+        ("made", "nano", False),
+        ("theirs", "nano", False),
     ):
-        run(train_distillation, *words, "--student", student, "--out", tmp_path / name)
-        assert (tmp_path / name / "LICENSE.txt").is_file() == kept
+        out = tmp_path / name
+        run(train_distillation, *words, "--student", student, "--out", out, "--overwrite")
+        for folder in (out, out / "best"):
+            assert (folder / "LICENSE.txt").is_file() == kept
+    assert (tmp_path / "theirs" / "LICENSE").read_text() == "mine"
 
 
 def test_resumed_to_the_same_bits(prepared_folder, teacher, tmp_path, monkeypatch):

@@ -280,6 +280,17 @@ def test_the_whole_teacher_teaches_like_the_trimmed_one(world, monkeypatch):
     assert same_bits(world / "by_small", world / "by_teacher")
 
 
+def test_where_nothing_was_won_it_says_so(world, tmp_path, capsys):
+    """The trimmed teacher, once more: its data, in its own tokens, uses all that is left."""
+    prepared(world, world / "small", "small data")
+    words = ["--model", world / "small", "--data", world / "small data", "--out", tmp_path / "out"]
+    before, after = load_model(world / "small"), run(trim_vocabulary, *words)
+    assert after["tokens"] == after["tokens_before"]
+    assert f"{world / 'small'} would have served as well" in capsys.readouterr().out
+    for name, weight in load_model(tmp_path / "out").state_dict().items():
+        assert torch.equal(weight, before.state_dict()[name])
+
+
 def test_jsonl_of_texts_and_of_conversations(world, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "the sea sings to the ship"}\n', "utf-8")

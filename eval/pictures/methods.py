@@ -52,7 +52,7 @@ def draw_methods(results: Path, figure, bed: str) -> None:
         axis.annotate(text, (0.02 + 0.24 * number, 1), (0, -4), fontsize=9, color=color, **place)
     unit = "answers at 3 steps, points" if rows[0].get(ANSWERS) else "nats per token"
     sure = sum(len(gains(rows, arm)[0]) > 1 for arm in arms)
-    title = f"{counts[0]} of {sure} methods beat the plain student at equal tokens, {counts[1]} at "
+    title = f"{counts[0]} of {sure} arms beat the plain student at equal tokens, {counts[1]} at "
     title += f"equal cost\n({len(arms) - sure} more have one seed yet)" if sure < len(arms) else (
         "equal cost")  # fmt: skip
     finish(axis, title, f"gain over the plain student ({unit})\n"
