@@ -27,6 +27,7 @@ from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
 from eval.experiments import cache, common, jobs, mode_seeking, scales, soft_labels
 from eval.experiments.jobs import Job
+from eval.pictures.reasoning import percent
 from files import Finished, file_hash, lock, locks, progress, read_json
 from model import ModelConfig, Transformer, load_model
 from run import evaluate
@@ -553,6 +554,10 @@ def test_mistakes_are_one_sentence(words, tmp_path, monkeypatch, capsys):
     assert end.value.code == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert told[-1].startswith("error: ") and "Traceback" not in "".join(told)
+
+
+def test_a_title_does_not_hide_that_seeds_are_far_apart():
+    assert percent(46.0, 23.0, 81.0) == "46% (23 to 81)" and percent(83.0, 79.0, 88.0) == "83%"
 
 
 def test_the_usual_font_is_found_by_its_path_alone(monkeypatch):
