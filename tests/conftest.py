@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from dataset import prepare
+import train_pretrain
+from dataset import prepare, teacher_cache
 from model.device import available_cores
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -59,7 +60,7 @@ def small_text(seed: int, lines: int = 120) -> str:
 def few_held_out(request):
     """A method's runs are evaluated on 8 windows: half of a short run's time went into that."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem.startswith(("test_method_", "test_phases")):
+        if request.path.stem.startswith(("test_method_", "test_phases", "test_parallel")):
             patch.setattr("run.training.EVALUATED", 8)
         yield
 
@@ -88,14 +89,13 @@ def prepared_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kill_teacher(prepared_folder, tmp_path_factory):
-    """A small teacher and what it says about the text, made by commands. Read-only."""
-    from tests.robustness.test_kill import command_of, start
+    """A small teacher and what it says about the text. Read-only."""
+    from tests.robustness.test_kill import command_of
+    from tests.short_runs import run
 
     folder = tmp_path_factory.mktemp("kill")
-    teacher, cache = folder / "teacher", folder / "sample.cache"
-    with open(folder / "log", "w") as log:
-        words = command_of("pretrain", prepared_folder, None, teacher)
-        assert start(words, teacher, log).wait() == 0
-        words = [*command_of("cache", prepared_folder, teacher, cache), "--seq_len", "32"]
-        assert start(words, cache, log).wait() == 0
+    teacher = folder / "teacher"
+    run(train_pretrain, *command_of("pretrain", prepared_folder, None, teacher)[1:])
+    words = command_of("cache", prepared_folder, teacher, folder / "sample.cache")[2:]
+    run(teacher_cache, *words, "--seq_len", "32")
     return teacher

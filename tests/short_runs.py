@@ -11,6 +11,7 @@ import train_distill_reason
 import train_distillation
 import train_pretrain
 from dataset import teacher_cache
+from eval.experiments.jobs import execute, unfinished
 from methods import cached_teacher
 from model import load_model
 from run.optimizer import Optimizer
@@ -23,6 +24,13 @@ ALL += ("reason", "reason_kl", "cached")
 
 def run(script, *words) -> dict:
     return script.main(script.parse_args([str(word) for word in words]))
+
+
+def run_here(jobs, after_each=lambda: None) -> None:
+    """eval.experiments.jobs.run_jobs without its pool, whose processes import torch for seconds."""
+    for job in unfinished(jobs):
+        execute(job)
+        after_each()
 
 
 def make_teacher(folder, data):

@@ -25,13 +25,13 @@ from dataset.problems import make_problems
 from dataset.replies import read_problems
 from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import cache, common, jobs, mode_seeking, scales, soft_labels
+from eval.experiments import cache, common, curves, jobs, mode_seeking, scales, soft_labels
 from eval.experiments.jobs import Job
 from eval.pictures.reasoning import percent
 from files import Finished, file_hash, lock, locks, progress, read_json
 from model import ModelConfig, Transformer, load_model
 from run import evaluate
-from tests.short_runs import run
+from tests.short_runs import run, run_here
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,6 +196,8 @@ TINY = dataclasses.replace(
     text_batch=2,
     seq_len=32,
     text_warmup=1,
+    text_final_eval=8,
+    reason_final_eval=8,
     reason_teacher="nano",
     reason_teacher_steps=3,
     reason_steps=2,
@@ -238,6 +240,10 @@ def reproduced(prepared_folder, tmp_path_factory):
         return dataclasses.replace(job, flags=(*job.flags, *more))
 
     patch.setattr(experiment, "traces_job", keep_all)
+    for module in (common, curves, soft_labels):  # the pool has tests of its own
+        patch.setattr(module, "run_jobs", run_here)
+    most = 40  # max_new_tokens: no reply of theirs ends in time
+    patch.setattr(reasoning.evaluate_reasoning, "__defaults__", (most, "tags", None))
     for name, value in (("KEPT", (4,)), ("SEEDS", 1), ("DRAWS", 4), ("WINDOWS", 4)):
         patch.setattr(cache, name, value)
     common.run_experiments([cache.experiment(TINY)], place / "out" / "tiny" / "results")

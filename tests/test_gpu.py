@@ -16,6 +16,8 @@ from model.device import choose_device
 from tests.short_runs import make_teacher, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and --gpu")
+# Each device has random numbers of its own: on the CPU alone, other draws end 3% apart.
+DRAWN = ("10% labels", "10% labels, teacher wrong")
 STEPS = "--steps 4 --batch_size 4 --seq_len 32 --eval_every 2 --warmup 1 --overwrite".split()
 
 
@@ -28,7 +30,7 @@ def names(prepared_folder, tmp_path_factory):
     }  # fmt: skip
 
 
-def ends_alike(script, words, data, tmp_path):
+def ends_alike(script, words, data, tmp_path, within=0.01):
     words = [*words, "--data", data, *STEPS]
     on_cpu, *others = (
         run(script, *words, "--device", device, "--dtype", dtype, "--out", tmp_path / "run")
@@ -39,13 +41,14 @@ def ends_alike(script, words, data, tmp_path):
         # Not equal: see run/meter.py on shared key-value heads, as all presets have them.
         assert record["flops"] == pytest.approx(on_cpu["flops"], rel=0.03)
         loss = record["metrics"]["val_loss"]
-        assert loss == pytest.approx(on_cpu["metrics"]["val_loss"], rel=0.01)
+        assert loss == pytest.approx(on_cpu["metrics"]["val_loss"], rel=within)
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_a_method(name, names, prepared_folder, tmp_path):
     script, *words = shlex.split(ARMS[name].format(**names))
-    ends_alike(importlib.import_module(script), words, prepared_folder, tmp_path)
+    within = 0.06 if name in DRAWN else 0.01
+    ends_alike(importlib.import_module(script), words, prepared_folder, tmp_path, within)
 
 
 @pytest.mark.parametrize("fused", ["yes", "no"])

@@ -14,13 +14,14 @@ import pytest
 
 from dataset import oracle
 from eval import plots
+from eval.experiments import common
 from eval.experiments import methods as experiment
 from eval.experiments.common import COLUMNS, inputs_of, read_rows
 from eval.experiments.scales import SCALES
 from eval.gains import beside, curve, gains, is_told_apart, sorted_arms
 from eval.methods_table import about, arms_table, methods_table, shown, write_table
 from eval.pictures.methods import PICTURES
-from tests.short_runs import run
+from tests.short_runs import run, run_here
 from tests.test_eval import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -51,11 +52,14 @@ def test_methods_and_lessons_do_not_import_each_other(path):
         assert not module.startswith(("methods", "train_", "eval", "bench")), module
 
 
+@pytest.mark.parametrize("preset, steps", [("quick", 75), ("standard", 200)])
 @pytest.mark.parametrize("name", experiment.ARMS)
-def test_an_arm_is_a_command_that_its_script_takes(name):
-    job = experiment.job_of(SCALES["standard"], "few", name, experiment.ARMS[name], seed=1)
+def test_an_arm_is_a_command_that_its_script_takes(name, preset, steps):
+    """Where there is one seed, too: an ensemble has three teachers."""
+    job = experiment.job_of(SCALES[preset], "few", name, experiment.ARMS[name], seed=1)
     args = importlib.import_module(job.script).parse_args(job.argv)
-    assert (args.seed, args.steps, args.data_share) == (1, 200, 0.1)
+    assert (args.seed, args.steps, args.data_share) == (1, steps, 0.1)
+    assert len({need.out for need in job.needs}) == len(job.needs)
     assert getattr(args, "student", None) == "nano" or args.model == "nano"
 
 
@@ -153,6 +157,7 @@ def test_the_comparison_at_toy_size(bed, prepared_folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     scale = dataclasses.replace(TINY, name="tiny", seeds=1, text_steps=8, text_final_eval=12)
     monkeypatch.setitem(SCALES, "quick", scale)
+    monkeypatch.setattr(common, "run_jobs", run_here)
     folder = Path(experiment.scale_of("quick", bed).data)
     if bed == "words":
         shutil.copytree(prepared_folder, folder)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from eval import plots
-from eval.experiments import scales, softened, teacher_quality
+from eval.experiments import common, scales, softened, teacher_quality
 from eval.experiments.common import read_rows
-from eval.pictures.methods import PICTURES
+from eval.pictures.methods import PICTURES, rank_correlation
 from files import Finished
 from model import load_model
-from tests.short_runs import make_teacher, run
+from tests.short_runs import make_teacher, run, run_here
 from tests.test_eval import TINY
 
 
@@ -73,11 +73,21 @@ def test_a_softened_teacher_has_its_logits_divided(prepared_folder, tmp_path):
         run(softened, "--teacher", teacher, "--out", out, "--resume")
 
 
+def test_rank_correlation_by_hand():
+    """Two of four neighbours in rank are exchanged: 1 - 6 (1 + 1) / (4 (16 - 1)) = 0.8."""
+    groups = {}
+    for kind, ece, loss in (("a", 0.1, 4.0), ("b", 0.3, 4.1), ("c", 0.2, 4.2), ("d", 9.0, 5.0)):
+        groups[f"teacher {kind}"] = [{"ece": str(ece), "val_loss": "4"}]
+        groups[f"student of {kind}"] = [{"ece": "0", "val_loss": str(loss)}]
+    assert rank_correlation(groups, list("abcd"), "ece") == pytest.approx(0.8)
+
+
 def test_the_experiment_at_toy_size(prepared_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared_folder, tmp_path / "out" / "tiny" / "data")
     scale = dataclasses.replace(TINY, text_final_eval=20, data_shares=(0.5,))
     monkeypatch.setitem(scales.SCALES, "quick", scale)
+    monkeypatch.setattr(common, "run_jobs", run_here)
     for name, value in (("TEACHERS", ("plain", "softened")), ("SIZE", "nano"), ("WINDOWS", 20)):
         monkeypatch.setattr(teacher_quality, name, value)
     args = teacher_quality.parse_args(["--preset", "quick", "--results", str(tmp_path / "results")])

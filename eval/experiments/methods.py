@@ -116,7 +116,8 @@ BEDS = {
 def job_of(scale: Scale, bed: str, name: str, command: str, seed: int, steps: float = 1.0) -> Job:
     """The job of one arm: its command, and the flags that all arms of the bed share."""
     teacher = reason_teacher if bed == "words" else teacher_of
-    teachers = [teacher(scale, (seed + more) % scale.seeds) for more in range(scale.seeds)]
+    count = max(3, scale.seeds)  # an ensemble has three teachers, also where there is one seed
+    teachers = [teacher(scale, (seed + more) % count) for more in range(count)]
     numbered = {f"teacher{number}": t.out for number, t in enumerate(teachers, start=1)}
     names = {"student": scale.student, "teacher": teachers[0].out, **numbered}
     names["pair"] = "--teacher {teacher} --student {student}".format(**names)

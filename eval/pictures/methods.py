@@ -49,7 +49,8 @@ def draw_methods(results: Path, figure, bed: str) -> None:
     names = ("● at equal tokens", "▲ at equal cost (hollow: within the spread, or one seed)")
     for number, (text, (color, *_)) in enumerate(zip(names, looks, strict=True)):
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-        axis.annotate(text, (0.02 + 0.24 * number, 1), (0, -4), fontsize=9, color=color, **place)
+        axis.annotate(text, (0.02 + 0.24 * number, 1), (0, -4), fontsize=9, color=color, **place,
+                      bbox={"color": "white", "pad": 1})  # fmt: skip
     unit = "answers at 3 steps, points" if rows[0].get(ANSWERS) else "nats per token"
     sure = sum(len(gains(rows, arm)[0]) > 1 for arm in arms)
     title = f"{counts[0]} of {sure} arms beat the plain student at equal tokens, {counts[1]} at "
@@ -62,6 +63,14 @@ def draw_methods(results: Path, figure, bed: str) -> None:
 PICTURES = {
     bed: (partial(draw_methods, bed=bed), (8.5, 6)) for bed in ("few", "text", "words", "oracle")
 }
+
+
+def rank_correlation(groups: dict, kinds: list[str], column: str) -> float:
+    """Spearman's, of what teachers have in a column and the losses that their students reach."""
+    pairs = [(f"teacher {kind}", column, f"student of {kind}") for kind in kinds]
+    values = [(spread(groups[a], c)[0], spread(groups[b])[0]) for a, c, b in pairs]
+    ranks = np.argsort(np.argsort(values, axis=0), axis=0)
+    return float(np.corrcoef(ranks.T)[0, 1])
 
 
 def draw_quality(results: Path, figure) -> None:
@@ -81,7 +90,8 @@ def draw_quality(results: Path, figure) -> None:
                           yerr=[[y[0] - y[1]], [y[2] - y[0]]])  # fmt: skip
             axis.annotate(kind, (x[0], y[0]), (5, 5), textcoords="offset points", fontsize=9)
         better = "student's held-out loss\n← lower is better"
-        finish(axis, "", label, better if axis is axes[0] else "")
+        finish(axis, f"rank correlation {rank_correlation(groups, kinds, column):+.1f}", label,
+               better if axis is axes[0] else "")  # fmt: skip
         axis.margins(x=0.3, y=0.15)
     losses = [groups[f"student of {kind}"] for kind in kinds]
     seeds = seeds_of([row for rows in groups.values() for row in rows])

@@ -1,7 +1,7 @@
 """Killed at any moment (SIGKILL: no handler, no last word) and started again, every command ends
 with the same bytes as one that was not: weights, log, CSV rows, traces, caches.
 
-One kill for each kind of command here; with --slow 60 in all."""
+One kill of a run and of a sweep here; with --slow some 60 of all kinds of command."""
 
 import csv
 import io
@@ -26,8 +26,9 @@ STEPS = ["--steps", "40", "--batch_size", "4", "--seq_len", "32", "--eval_every"
 STEPS += ["--device", "cpu", "--dtype", "float32", "--no-compile", "--optimizer", "adamw"]
 STEPS += ["--final_eval", "8"]
 TIMES = ("seconds", "peak_memory_mb", "command", "device")  # that no two runs share
-# Of training one command here; test_resume.py stops and resumes all of them, in one process.
-ONE_KILL = [(name, 1) for name in ("distill", "traces", "cache", "sweep")]
+# Of training one command here; test_resume.py stops and resumes all of them, in one process, and
+# test_crash_points.py ends traces and caches at every few of their file operations.
+ONE_KILL = [(name, 1) for name in ("distill", "sweep")]
 EIGHT_KILLS = [
     pytest.param(name, 8, marks=pytest.mark.slow)
     for name in ("pretrain", "distill", "reason", "cached", "traces", "cache", "sweep")
@@ -40,7 +41,7 @@ from eval.experiments import common, scales
 if __name__ == "__main__":
     scale = dataclasses.replace(
         scales.SCALES["quick"], name="tiny", teacher="nano", student="nano", text_steps=20,
-        text_batch=4, seq_len=32, teacher_steps=20, text_eval_every=10,
+        text_batch=4, seq_len=32, teacher_steps=20, text_eval_every=10, text_final_eval=8,
         flags=(("dtype", "float32"), ("device", "cpu")),
     )
     arms = [
@@ -119,47 +120,63 @@ def result_of(name: str, out: Path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 @pytest.mark.parametrize("name, kills", [*ONE_KILL, *EIGHT_KILLS])
-def test_killed_and_started_again(name, kills, prepared_folder, kill_teacher, tmp_path):
+def test_killed_and_started_again(name, kills, prepared_folder, kill_teacher, tmp_path, request):
     rng = random.Random(f"{name} {kills} {time.time_ns()}")
-    results, seconds = [], None
-    for label in ("whole", "killed"):
-        out = tmp_path / label / "out"
-        out.parent.mkdir()
-        if name == "sweep":
-            prepare_sweep(out.parent, prepared_folder)
-        words = command_of(name, prepared_folder, kill_teacher, out)
-        log = open(out.parent / "log", "w+")
-        moments = []
-        for _ in range(kills if label == "killed" else 0):
-            # Not while Python starts: nothing of ours runs yet. The end may be passed.
-            moments.append(rng.uniform(0.4, 1.1) * seconds)
-            resume = ["--resume"] if is_training(words) else []
-            process = start([*words, *resume], out, log)
-            time.sleep(moments[-1])
+    whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    if name == "sweep":  # what two at once have made
+        folder, seconds, _ = request.getfixturevalue("two_sweeps")
+        whole, seconds = folder / "out", seconds / 2  # alone it has the cores to itself
+        killed.parent.mkdir()
+        prepare_sweep(killed.parent, prepared_folder)
+    else:
+        seconds = finish(command_of(name, prepared_folder, kill_teacher, whole), whole)
+    words = command_of(name, prepared_folder, kill_teacher, killed)
+    words += ["--resume"] if is_training(words) else []
+    # Not while Python starts: nothing of ours runs yet. The end may be passed.
+    moments = [rng.uniform(0.4, 1.1) * seconds for _ in range(kills)]
+    killed.parent.mkdir(exist_ok=True)
+    with open(killed.parent / "log", "w") as log:
+        for moment in moments:
+            process = start(words, killed, log)
+            time.sleep(moment)
             process.kill()
             process.wait()
-        resume = ["--resume"] if is_training(words) and label == "killed" else []
-        begun = time.perf_counter()
-        code = start([*words, *resume], out, log).wait(timeout=300)
-        seconds = seconds or time.perf_counter() - begun
+    why = f"killed after {moments} s of {seconds}"
+    finish(words, killed, why)
+    assert result_of(name, killed) == result_of(name, whole), why
+
+
+def finish(words: list, out: Path, why: str = "") -> float:
+    """The seconds that a command takes, which must end well."""
+    out.parent.mkdir(exist_ok=True)
+    begun = time.perf_counter()
+    with open(out.parent / "log", "a+") as log:
+        code = start(words, out, log).wait(timeout=300)
         log.seek(0)
-        assert code == 0, f"killed after {moments} s\n{log.read()[-3000:]}"
-        results.append(result_of(name, out))
-    assert results[0] == results[1], f"killed after {moments} s of {seconds}"
+        assert code == 0, f"{why}\n{log.read()[-3000:]}"
+    return time.perf_counter() - begun
 
 
-def test_two_sweeps_share_the_work(prepared_folder, tmp_path):
-    """Started at once in one folder: every row once, every run made once."""
-    prepare_sweep(tmp_path, prepared_folder)
-    with open(tmp_path / "log", "w+") as log:
-        words = [str(tmp_path / "sweep.py"), "1"]
-        both = [start(words, tmp_path / "out", log) for _ in range(2)]
+@pytest.fixture(scope="module")
+def two_sweeps(prepared_folder, tmp_path_factory):
+    """The folder that two sweeps have filled which were started at once, how long they took, and
+    what they said."""
+    folder, begun = tmp_path_factory.mktemp("two_sweeps"), time.perf_counter()
+    prepare_sweep(folder, prepared_folder)
+    with open(folder / "log", "w+") as log:
+        words = [str(folder / "sweep.py"), "1"]
+        both = [start(words, folder / "out", log) for _ in range(2)]
         codes = [process.wait(timeout=300) for process in both]
         log.seek(0)
         said = log.read()
     assert codes == [0, 0], said[-3000:]
-    with open(tmp_path / "results" / "headline" / "results.csv", newline="") as file:
-        rows = [(row["arm"], row["seed"]) for row in csv.DictReader(file)]
+    return folder, time.perf_counter() - begun, said
+
+
+def test_two_sweeps_share_the_work(two_sweeps):
+    """Started at once in one folder: every row once, every run made once."""
+    folder, _, said = two_sweeps
+    rows = [(row["arm"], row["seed"]) for row in result_of("sweep", folder / "out")]
     assert sorted(rows) == sorted({(a, s) for a in ("teacher", "plain", "distilled") for s in "0"})
     assert said.count("perplexity") == len(rows), said[-3000:]
 
