@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--samples", type=int, default=256, help="n, positions of a micro-batch")
     add("--tau", type=float, default=0.1, help="what cosines are divided by")
-    add("--weight", type=float, default=0.03, help="of the contrastive loss")
+    add("--weight", type=float, default=0.3, help="of the contrastive loss")
     add_data_flags(parser)
     add_common_flags(parser, out="out/contrastive", pair=True, fused=False)
     return parser.parse_args(argv)

@@ -50,6 +50,10 @@ def settings(model: Transformer, folder: Path) -> tuple[str, dict[str, object]]:
     if isinstance(c, ExpertsConfig):
         raise ValueError(f"{folder} has experts, which are not exported: use a dense model")
     kind = c.to_json()["model_type"]
+    if kind == "qwen2" and c.num_attention_heads * c.head_dim != c.hidden_size:
+        sizes = f"{c.num_attention_heads} heads of width {c.head_dim} at width {c.hidden_size}"
+        cure = "use a model whose heads add up to its width"
+        raise ValueError(f"{folder} is a qwen2 with {sizes}, which llama.cpp does not load: {cure}")
     sizes = {
         "vocab_size": c.vocab_size, "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size, "block_count": c.num_hidden_layers,

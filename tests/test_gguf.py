@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ KINDS = {
     "llama": LLAMA,
     "untied": replace(LLAMA, tie_word_embeddings=False),
     "scaled": replace(LLAMA, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
-    "qwen2": replace(LLAMA, attention_bias=True),
+    "qwen2": replace(LLAMA, attention_bias=True, head_dim=8),
     "qwen3": replace(LLAMA, qk_norm=True, tie_word_embeddings=False),
 }
 TEXTS = [
@@ -509,6 +510,27 @@ def test_it_is_the_file_that_the_converter_of_llama_cpp_would_write(tmp_path, to
             assert fields[name] == field.contents(), name
 
 
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python: a long build")
+@pytest.mark.parametrize("name", KINDS)
+def test_llama_cpp_computes_the_same(name, tmp_path, tokenizer):
+    """Token ids and logits, by llama.cpp itself."""
+    from llama_cpp import Llama
+
+    model = random_model(replace(KINDS[name], vocab_size=310, max_position_embeddings=512))
+    folder, file = exported(tmp_path, model, tokenizer, "--dtype", "f32")
+    how = {"n_ctx": 128, "logits_all": True, "verbose": False, "n_threads": 1}
+    theirs = Llama(str(file), **how, type_k=0, type_v=0)  # 0: float32
+    for text in TEXTS:
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
+        assert ids == encode(load_tokenizer(folder), text)
+        theirs.reset()
+        theirs.eval(ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0]
+        found = torch.from_numpy(np.array(theirs.scores[: len(ids)]))[:, : logits.shape[-1]]
+        torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3 * float(logits.std()))
+
+
 def test_ends_and_template_are_those_by_which_the_model_talks(tmp_path, tokenizer):
     """Where generation_config.json and a list of templates say them, as Llama 3 and others do."""
     folder, file = exported(tmp_path, random_model(LLAMA), tokenizer)
@@ -537,6 +559,14 @@ def test_matrices_are_packed_and_norms_are_not(dtype, tmp_path, tokenizer):
     weight = model.model.layers[1].mlp.gate_proj.weight.detach().numpy()
     packed = found["blk.1.ffn_gate.weight"]
     assert np.array_equal(packed.data, gguf.quantize(weight, packed.tensor_type))
+
+
+def test_a_qwen2_of_other_heads_is_refused(tmp_path, tokenizer):
+    """llama.cpp wants heads that add up to the width, and says so when it loads the file."""
+    odd = replace(KINDS["qwen2"], head_dim=16)
+    with pytest.raises(ValueError, match="4 heads of width 16 at width 32.*llama.cpp does not"):
+        exported(tmp_path, random_model(odd), tokenizer)
+    assert not (tmp_path / "student.gguf").exists()
 
 
 def test_what_is_not_exported(tmp_path, tokenizer):

@@ -83,12 +83,16 @@ def draw_quality(results: Path, figure) -> None:
                "separation": "separation of the teacher's classes"}  # fmt: skip
     axes = above.subplots(1, 3, sharey=True)
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
+        shown = []
         for kind in kinds:
             x, y = spread(groups[f"teacher {kind}"], column), spread(groups[f"student of {kind}"])
             axis.errorbar(x[0], y[0], color=BLUE, marker="o", elinewidth=1.2,
                           xerr=[[x[0] - x[1]], [x[2] - x[0]]],
                           yerr=[[y[0] - y[1]], [y[2] - y[0]]])  # fmt: skip
-            axis.annotate(kind, (x[0], y[0]), (5, 5), textcoords="offset points", fontsize=9)
+            taken = any(np.allclose(place, (x[0], y[0]), rtol=0.01) for place in shown)
+            axis.annotate(kind, (x[0], y[0]), (5, -12 if taken else 5), textcoords="offset points",
+                          fontsize=9)  # fmt: skip
+            shown.append((x[0], y[0]))
         better = "student's held-out loss\n← lower is better"
         finish(axis, f"rank correlation {rank_correlation(groups, kinds, column):+.1f}", label,
                better if axis is axes[0] else "")  # fmt: skip
