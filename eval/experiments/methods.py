@@ -1,7 +1,7 @@
 """All methods beside each other: one student, one teacher, the same tokens, the same seeds.
 
     python -m eval.experiments.methods --bed few                # results/methods/few: CSV, picture
-    python -m eval.experiments.methods --bed few --search       # the methods' own knobs, one seed
+    python -m eval.experiments.methods --bed few --search       # the methods' own knobs
 
     few      a tenth of the text: a teacher that has read all of it knows what the student cannot
     text     all of the text
@@ -197,14 +197,14 @@ def experiment(scale: Scale, bed: str) -> Experiment:
 
 
 def search(scale: Scale, bed: str) -> Experiment:
-    """Each arm's knob at each of its values, one seed, on the document that is not the table's."""
+    """Each arm's knob at each of its values, on the document that is not the table's."""
     arms = []
     for name, (flag, values) in KNOBS.items():
         for value in values:
             arm, command = f"{name}, {flag} {value}", f"{ARMS[name]} --{flag} {value}"
             arms.append((arm, partial(job_of, scale, bed, arm, command)))
     rows, beside = partial(row_of, scale, bed, True), partial(reference, scale, bed)
-    return Experiment(f"{bed}/search", arms, 1, rows, beside)
+    return Experiment(f"{bed}/search", arms, scale.seeds, rows, beside)
 
 
 def scale_of(preset: str, bed: str) -> Scale:
