@@ -14,7 +14,7 @@ import train_pretrain
 from dataset.packing import PackedText
 from files import read_json, write_json
 from model import ModelConfig, Transformer, load_model, save_model
-from run import evaluate
+from run import evaluate, training
 from run.flags import choose_optimizer
 from run.training import Training
 from tests.robustness.test_provenance import other_tokenizer
@@ -99,7 +99,7 @@ def test_the_teacher_is_judged_first(teacher, prepared_folder, tmp_path, capsys)
     record = distil(teacher, "nano", prepared_folder, tmp_path / "a")
     out = capsys.readouterr().out
     text = PackedText(prepared_folder, "val", 32)
-    own = evaluate(load_model(teacher), text.evaluation(8, 100))["val_loss"]
+    own = evaluate(load_model(teacher), text.evaluation(8, training.EVALUATED))["val_loss"]
     found = re.search(r"the first step: teacher ([0-9.]+), student ([0-9.]+)\n", out)
     assert float(found[1]) == pytest.approx(own, abs=1e-3)
     assert float(found[2]) == pytest.approx(6.0, abs=0.5)  # log(400): it knows nothing yet
