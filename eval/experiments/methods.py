@@ -134,7 +134,7 @@ def job_of(scale: Scale, bed: str, name: str, command: str, seed: int, steps: fl
             value = words[number + 1] if number + 1 < len(words) else "--"
             flags[word[2:]] = None if value.startswith("--") else value
     needs = tuple(t for t in teachers if t.out in command.format(**names)) or (teachers[0],)
-    folder = name.replace(" ", "-").replace(",", "").replace("/", "-").replace("'", "")
+    folder = name.translate(str.maketrans(" /", "--", ",:'"))
     return Job(script, f"{scale.root}/runs/{bed}/{folder}-s{seed}", tuple(flags.items()), needs)
 
 
