@@ -37,11 +37,6 @@ V, D = 400, 64
 CONFIG = ModelConfig(V, D, 5, 4, 2, 16, 192)
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr("run.training.EVALUATED", 4)
-
-
 def random_model(config=CONFIG, seed=0) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(config)

@@ -269,9 +269,8 @@ STEPS = "--steps 2 --batch_size 2 --seq_len 32 --eval_every 2 --warmup 1 --final
 STEPS = f"{STEPS} --device cpu --dtype float32 --alpha 0.5".split()
 
 
-def test_the_whole_teacher_teaches_like_the_trimmed_one(world, monkeypatch):
+def test_the_whole_teacher_teaches_like_the_trimmed_one(world):
     """Data of the trimmed tokenizer: the teacher with the whole one is cut where it is loaded."""
-    monkeypatch.setattr("run.training.EVALUATED", 4)
     for name in ("small", "teacher"):
         words = ["--data", world / "data_small", "--teacher", world / name, *STEPS]
         out = world / f"by_{name}"

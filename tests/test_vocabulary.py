@@ -40,11 +40,6 @@ def save_padded(folder, data, rows: int, seed: int, tied: bool = True) -> None:
     save_model(model, folder, data)
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr("run.training.EVALUATED", 4)
-
-
 @pytest.fixture(scope="module")
 def world(prepared_folder, tmp_path_factory):
     """Teacher and student of 400 tokens: as they are, and padded to 448 and to 512 rows."""

@@ -227,9 +227,7 @@ def test_a_full_disk_loses_nothing(limit, prepared_folder, never_full, tmp_path)
 def train(words, *more) -> None:
     assert words[0] == "train_pretrain.py"
     words = [str(word) for word in (*words[1:], *more)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("run.training.EVALUATED", 8)  # half of a short run's time went into that
-        train_pretrain.main(train_pretrain.parse_args(words))
+    train_pretrain.main(train_pretrain.parse_args(words))
 
 
 @pytest.fixture(scope="module")
