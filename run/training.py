@@ -23,7 +23,7 @@ from .optimizer import Optimizer, learning_rate
 LOG_EVERY, TRIM_EVERY = 10, 100  # steps between logged ones, and between returns of freed memory
 MOST_SKIPPED = 10  # batches in a row, with --on_nonfinite skip
 CURE = "lower --learning_rate ({:g}), or try --grad_clip 0.1"
-EVALUATED = 100  # held-out windows or conversations of the evaluations during training
+EVALUATED = 100  # held-out sequences of an evaluation during training, or --final_eval if less
 
 
 class Training:
@@ -38,6 +38,7 @@ class Training:
         self.rate, self.best_loss, self.best_step = 0.0, float("inf"), 0
         self.last: Accumulated | None = None  # the last batch that was learned from
         self.skipped = 0  # batches left out in a row
+        self.few = min(EVALUATED, args.final_eval)
 
     def begin(self, data, teacher=None) -> None:
         """Refuse to lose a run that is already there; go on with it under --resume. A new one says
@@ -52,7 +53,7 @@ class Training:
                 raise ValueError(f"{other}; start again with --overwrite") from None
             print(f"{self.args.out}: resuming after step {self.step}, from {source}")
         elif teacher is not None:
-            metrics = self.evaluate(EVALUATED, teacher)
+            metrics = self.evaluate(self.few, teacher)
             both = "{teacher_loss:.4g}, student {val_loss:.4g}".format(**metrics)
             print(f"held-out loss before the first step: teacher {both}")
         self.progress = self.log.bar(self.meter.total_steps(self.step), self.step)
@@ -126,7 +127,7 @@ class Training:
         if self.step % TRIM_EVERY == 0:
             give_back_memory()
         if evaluates:
-            loss = parallel.broadcast_from_rank0(self.evaluate(EVALUATED)["val_loss"])
+            loss = parallel.broadcast_from_rank0(self.evaluate(self.few)["val_loss"])
             self.log.rows[-1]["val_loss"] = loss
             if loss < self.best_loss:
                 self.best_loss, self.best_step = loss, self.step

@@ -30,10 +30,13 @@ def run(scale, results) -> None:
             job = job_of(seed)
             run_jobs([job])
             record, lines = job.record(), read_rows(Path(job.out) / "log.csv")
+            most = record["args"]["final_eval"]
             lines = [
-                {**line, "windows": min(EVALUATED, size)} for line in lines if line["val_loss"]
+                {**line, "windows": min(EVALUATED, most, size)}
+                for line in lines
+                if line["val_loss"]
             ]
-            final = {"step": record["steps"], "windows": min(record["args"]["final_eval"], size)}
+            final = {"step": record["steps"], "windows": min(most, size)}
             lines.append({**record, **record["metrics"], **final})
             row = {"experiment": "curves", "arm": arm, "seed": seed, "command": job.command}
             names = ("step", "tokens", "val_loss", "windows", "seconds", "flops")

@@ -75,7 +75,7 @@ def commands(root: Path, args) -> Iterator[tuple[str, list[str]]]:
     yield prepare("whole_other", teacher, other)
     yield prepare("other", trimmed, other)
     data = ["--data", root / "data", "--seq_len", args.seq_len]
-    budget = ["--batch_size", 8, "--warmup", 5, "--eval_every", 10**6, "--final_eval", args.windows]
+    budget = ["--batch_size", 8, "--warmup", 5, "--eval_every", 10**6, "--final_eval", 16]
     adapted, cache, budget = root / "adapted", root / "sample.cache", data + budget
     own = ["--student", trimmed, "--teacher", trimmed, "--teacher_steps", 0, "--alpha", 1.0]
     own += ["--rank", 8, "--learning_rate", 0.001, "--steps", args.adapt_steps]
@@ -156,10 +156,10 @@ def parse_args(argv=None):
     asked = "text file, one on a line, to ask all models; default: of Python, without --text"
     add("--questions", type=Path, help=asked)
     add("--layers", type=int, default=15, help="of the student")
-    add("--adapt_steps", type=int, default=60, help="of the teacher's adapter")
+    add("--adapt_steps", type=int, default=50, help="of the teacher's adapter")
     add("--steps", type=int, default=100, help="of the students, 8 sequences each")
     add("--seq_len", type=int, default=128, help="tokens of a sequence")
-    add("--windows", type=int, default=80, help="held-out sequences of the field, at most")
+    add("--windows", type=int, default=64, help="held-out sequences of the field, at most")
     add("--seed", type=int, default=0, help="of the students' batches")
     return parser.parse_args(argv)
 

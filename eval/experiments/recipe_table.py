@@ -17,7 +17,7 @@ from model.device import choose_device, describe_device
 from model.quantize import quantized_weights, save_quantized
 from run import evaluate
 
-WORDS, ANSWER, OFF_FIELD = 64, 48, 64  # tokens that are timed, of an answer; windows off the field
+WORDS, ANSWER, OFF_FIELD = 64, 48, 48  # tokens that are timed, of an answer; windows off the field
 MODELS = {  # the folder of each
     "whole": "teacher", "trimmed": "trimmed", "adapted": "adapted", "plain": "plain",
     "distilled": "distilled", "plain, equal seconds": "plain_longer",
