@@ -2,7 +2,8 @@
 
 GGUF lists tokens, what kind each is, and merges, but only names how a text is first cut into words
 ("pre": smollm, qwen2, ...). The cuts of those names are llama.cpp's (src/llama-vocab.cpp); a name
-that is not known here is refused, as a wrong cut gives wrong ids that nobody would notice.
+that is not known here is refused, as a wrong cut gives wrong ids that nobody would notice. Those
+that cut no words (Llama 2, Mistral) are in gguf_sentencepiece.py.
 """
 
 import json
@@ -14,8 +15,16 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 from files import as_value_error, atomic_path, check_file, write_json
 
 from .control import control_ids, read_template
+from .gguf_sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_sentencepiece,
+    sentencepiece_fields,
+)
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 CONTROL_IDS = {
     f"{ours}_token_id": f"tokenizer.ggml.{theirs}_token_id"
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -45,9 +54,10 @@ def read_tokenizer(gguf) -> Tokenizer:
     """The tokenizer of a model.gguf_read.GGUF. Raises ValueError for one of another kind."""
     kind = gguf.field("tokenizer.ggml.model", str)
     name = gguf.field("tokenizer.ggml.pre", str, "") if kind == "gpt2" else kind
-    if (cut := CUTS.get(name)) is None:
+    cut = CUTS.get(name) if kind == "gpt2" else None
+    if cut is None and kind != "llama":
         unknown = f"{gguf.path}: its tokenizer is of kind '{name or 'unnamed'}'"
-        cure = f"use a model whose tokenizer.ggml.pre is {', '.join(CUTS)}"
+        cure = f"use one of kind llama, or whose tokenizer.ggml.pre is {', '.join(CUTS)}"
         raise ValueError(f"{unknown}, which is not supported: {cure}")
     tokens = list(gguf.texts("tokenizer.ggml.tokens"))
     kinds = gguf.field("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
@@ -59,18 +69,16 @@ def read_tokenizer(gguf) -> Tokenizer:
     if len(vocabulary) < len(tokens) or len(tokens) > gguf.config.vocab_size:
         size = f"{len(tokens)} tokens, {len(vocabulary)} different ones"
         raise ValueError(f"{gguf.path}: {size}, for {gguf.config.vocab_size} rows: use another")
-    merges = [tuple(pair.split(" ", 1)) for pair in gguf.texts("tokenizer.ggml.merges", [])]
-    is_llama3 = cut is LLAMA3
-    with as_value_error(f"{gguf.path}: its merges do not fit its tokens", "download it again"):
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
-    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
-    if cut is QWEN:
-        tokenizer.normalizer = normalizers.NFC()
+    if cut is None:
+        tokenizer = read_sentencepiece(gguf, tokens, kinds)
+    else:
+        tokenizer = byte_level(gguf, vocabulary, cut)
     tokenizer.add_tokens([
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)
+        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=False)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ])  # fmt: skip
-    if gguf.field("tokenizer.ggml.add_bos_token", bool, is_llama3):
+    if gguf.field("tokenizer.ggml.add_bos_token", bool, cut in (None, LLAMA3)):
         index = gguf.field("tokenizer.ggml.bos_token_id", int)
         if not 0 <= index < len(tokens):
             raise ValueError(f"{gguf.path}: no token has the id {index}, which begins texts")
@@ -78,6 +86,17 @@ def read_tokenizer(gguf) -> Tokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{begin[0]} $A", f"{begin[0]} $A {begin[0]}:1 $B:1", [begin]
         )
+    return tokenizer
+
+
+def byte_level(gguf, vocabulary: dict[str, int], cut: PreTokenizer) -> Tokenizer:
+    """The tokenizer of a GGUF that lists its merges."""
+    merges = [tuple(pair.split(" ", 1)) for pair in gguf.texts("tokenizer.ggml.merges", [])]
+    with as_value_error(f"{gguf.path}: its merges do not fit its tokens", "download it again"):
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut is LLAMA3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
+    if cut is QWEN:
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -119,10 +138,12 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
     model, cut = about["model"], about["pre_tokenizer"]
     names = [name for name, known in CUTS.items() if without_offsets(known) == without_offsets(cut)]
     allowed = (None, {"type": "NFC"}) if names[:1] == ["qwen2"] else (None,)
-    fits = model.get("type") == "BPE" and about["normalizer"] in allowed and bool(names)
-    if not fits or model.get("ignore_merges", False) != (names == ["llama-bpe"]):
-        cure = f"only byte-level BPE with the words of {', '.join(CUTS)} has a name there"
-        raise ValueError(f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure}")
+    fits = about["normalizer"] in allowed and bool(names)
+    fits &= model.get("ignore_merges", False) == (names == ["llama-bpe"])
+    cure = f"only byte-level BPE with the words of {', '.join(CUTS)}, and SentencePiece's, are"
+    none = f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure}"
+    if model.get("type") != "BPE":
+        raise ValueError(none)
     kinds, tokens = {}, dict(model["vocab"])
     for token in about["added_tokens"]:
         tokens[token["content"]] = token["id"]
@@ -130,18 +151,21 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
     by_id = {index: token for token, index in tokens.items()}
     if max(by_id, default=0) >= vocab_size:
         raise ValueError(f"'{folder}': a token has the id {max(by_id)}, of {vocab_size} rows")
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    rows = range(vocab_size)
+    tokens = [by_id.get(row, f"[PAD{row}]") for row in range(vocab_size)]
+    kinds = [kinds.get(r, NORMAL) if r in by_id else UNUSED for r in range(vocab_size)]
     fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": names[0],
-        "tokenizer.ggml.tokens": [by_id.get(row, f"[PAD{row}]") for row in rows],
-        "tokenizer.ggml.token_type": [
-            kinds.get(row, NORMAL) if row in by_id else UNUSED for row in rows
-        ],
-        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.add_bos_token": bool(tokenizer.encode("").ids),
     }
+    if fits:
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": names[0]}
+        fields["tokenizer.ggml.merges"] = merges
+    elif (other := sentencepiece_fields(about, tokens, kinds)) is not None:
+        fields |= other
+    else:
+        raise ValueError(none)
     ids, template = control_ids(folder), read_template(folder)
     if template is not None:
         fields["tokenizer.chat_template"] = template
