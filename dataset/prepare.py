@@ -32,7 +32,14 @@ from files.atomic import TOKENIZER_FILES, atomic_folder
 from .chat import check_conversation, gsm8k_conversation, held_out_below, question_place
 from .packing import check_prepared, write_stream
 from .problems import ANSWER_TEXT, TIERS, Problem, answer_of, check_problem, make_problems
-from .sources import jsonl_texts, read_jsonl, shakespeare, split_documents, text_files
+from .sources import (
+    jsonl_texts,
+    read_jsonl,
+    shakespeare,
+    share_repeated,
+    split_documents,
+    text_files,
+)
 from .tokenizer import (
     document_end,
     encode_all,
@@ -41,6 +48,8 @@ from .tokenizer import (
     train_tokenizer,
     vocabulary_of,
 )  # fmt: skip
+
+NOTABLE = 0.02  # share of the held-out text that is in the training text too
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -153,6 +162,9 @@ def main(args) -> None:
         raise ValueError(f"all of the text stands in --held_out {args.held_out}: add other text")
     else:
         training, validation = ([text for _, text in x] for x in (documents, held_out))
+    if (repeated := share_repeated(training, validation)) > NOTABLE:
+        cure = "take that out before you believe a held-out loss"
+        print(f"{repeated:.0%} of the held-out text is in the training text, word for word: {cure}")
     # 2. Reasoning problems; and is it made already?
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None

@@ -5,9 +5,9 @@
         --held_out out/python_docs/held_out.jsonl --tokenizer TEACHER --out out/field
 
 pydoc_data.topics holds some 80 topics (0.46 MB in CPython 3.11), each a page; whole pages are held
-out. Pages quote one another: a fifth of the text stands in two or more, and a third of the held-out
-text would be in the training text too, word for word. So a paragraph (or an example) of a held-out
-page is taken out of the others, and of one that training pages share the first is kept.
+out. Pages quote one another: of a held-out tenth three quarters would be in the training text too,
+word for word. So a paragraph (or an example) of a held-out page is taken out of the others, and of
+one that training pages share the first is kept.
 """
 
 import argparse
@@ -18,9 +18,8 @@ import files
 from files import check_ranges, command_line, new_parser
 from files.atomic import UNFINISHED, atomic_folder
 
-from .sources import split_documents
+from .sources import SHORT, split_documents
 
-SHORT = 20  # characters: "Changed in version 3.8" or "or" may stand anywhere
 NAMES = ("train.jsonl", "held_out.jsonl")
 
 

