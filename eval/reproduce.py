@@ -24,7 +24,7 @@ from eval.experiments import (
     teacher_size,
     temperature,
 )
-from eval.experiments.common import prepare_data, preset_args, run_experiments
+from eval.experiments.common import prepare_data, preset_args, run_experiments, settled
 from eval.report import check_report, write_report
 from files import command_line
 
@@ -35,7 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(args) -> None:
     started = time.perf_counter()
-    scale, results = args.scale, args.results
+    scale, results = settled(args.scale, args), args.results
     check_report(results, scale)
     prepare_data(scale)
     # One pool for all runs. First those that others wait for, and the longest; last those whose row

@@ -25,7 +25,7 @@ from dataset.problems import make_problems
 from dataset.replies import read_problems
 from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import cache, common, curves, jobs, mode_seeking, scales, soft_labels
+from eval.experiments import cache, common, curves, jobs, methods, mode_seeking, scales, soft_labels
 from eval.experiments.jobs import Job
 from eval.pictures.reasoning import percent
 from files import Finished, file_hash, lock, locks, progress, read_json
@@ -465,6 +465,28 @@ def test_what_fails_after_a_job_is_raised(tmp_path, prepared_folder):
     with pytest.raises(ValueError, match="no row"):
         jobs.run_jobs([job], after_each)
     assert calls == [False] and job.is_done()
+
+
+def test_a_sweep_is_told_how_many_runs_at_once_and_in_which_precision(tmp_path, monkeypatch):
+    """By default one on a GPU: a large model may need all its memory. Small ones leave it idle."""
+    monkeypatch.setattr(jobs, "at_once", None)
+    args = methods.parse_args(["--jobs", "3", "--dtype", "float32"])
+    for bed in methods.BEDS:
+        scale = common.settled(methods.scale_of("quick", bed), args)
+        for _, job_of in methods.experiment(scale, bed).arms:
+            whole = jobs.unfinished([job_of(0)])
+            assert len(whole) > 1 and all(("dtype", "float32") in job.flags for job in whole)
+
+    def pool(workers, *_):
+        raise StopIteration(workers)
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", pool)
+    for asked, expected in ((3, 3), (None, min(4, jobs.available_cores()))):
+        jobs.at_once = asked
+        with pytest.raises(StopIteration, match=str(expected)):
+            jobs.run_jobs([Job("train_pretrain", str(tmp_path / "run"), ())])
+    with pytest.raises(ValueError, match="--jobs 0 must be between 1 and 1,000"):
+        common.settled(scale, methods.parse_args(["--jobs", "0"]))
 
 
 def test_report_means():

@@ -11,18 +11,28 @@ import csv
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from dataset import prepare
 from dataset.packing import PackedText
-from files import Finished, command_line, known_hash, lock, new_parser, read_json, unlock
+from files import (
+    Finished,
+    check_ranges,
+    command_line,
+    known_hash,
+    lock,
+    new_parser,
+    read_json,
+    unlock,
+)
 from files.atomic import check_path
 from model import load_model, weights_hash
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
 
+from . import jobs
 from .jobs import Job, run_jobs
 from .scales import SCALES, Scale
 
@@ -244,12 +254,32 @@ def text_experiment(scale: Scale, name: str, arms: list, seeds: int | None = Non
     return Experiment(name, arms, seeds or scale.seeds, row_of, teacher_of)
 
 
-def preset_args(description: str, argv=None) -> argparse.Namespace:
-    """The command line that every experiment has: --preset, as `scale`, and --results."""
-    parser = new_parser(description)
+def add_sweep_flags(parser) -> None:
+    """Add --jobs and --dtype, which are of all runs of a sweep."""
+    at_once = "runs at a time; default one on a GPU, else one for every core up to 4"
+    parser.add_argument("--jobs", type=int, help=at_once)
+    usual = "of all runs; default what suits the machine"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=usual)
+
+
+def settled(scale: Scale, args) -> Scale:
+    """`scale` with the flags of `add_sweep_flags`. Raises ValueError for --jobs 0."""
+    check_ranges(args, jobs=(1, 1000))
+    jobs.at_once = args.jobs
+    return (
+        scale if args.dtype is None else replace(scale, flags=(*scale.flags, ("dtype", args.dtype)))
+    )
+
+
+def preset_args(description: str, argv=None, sweeps: bool = True) -> argparse.Namespace:
+    """The command line that every experiment has: --preset, as `scale`, --results, and where it
+    sweeps over runs --jobs and --dtype."""
+    parser = new_parser(description, jobs=(1, 1000))
     parser.add_argument("--preset", choices=tuple(SCALES), default="quick", help="sizes and seeds")
     where = "folder of CSV and PNG; default out/PRESET/results"
     parser.add_argument("--results", type=Path, default=None, help=where)
+    if sweeps:
+        add_sweep_flags(parser)
     args = parser.parse_args(argv)
     args.scale = SCALES[args.preset]
     args.results = args.results or Path(args.scale.root) / "results"
@@ -258,8 +288,9 @@ def preset_args(description: str, argv=None) -> argparse.Namespace:
 
 def experiment_main(description: str, run: Callable[[Scale, Path], None]) -> None:
     def main(args) -> None:
-        prepare_data(args.scale)
-        run(args.scale, args.results)
+        scale = settled(args.scale, args)
+        prepare_data(scale)
+        run(scale, args.results)
 
     command_line(main, preset_args(description))
 

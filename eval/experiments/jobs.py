@@ -24,6 +24,7 @@ from files import Finished, Locked, check_unchanged, lock, progress, read_json, 
 from model.device import available_cores, give_back_memory
 
 # Of what a script writes, where it is no run's folder: what is added to the name of --out.
+at_once: int | None = None  # runs side by side, where --jobs says so
 RECORDS = {"dataset.teacher_cache": "", "dataset.make_traces": ".finished.json"}
 
 
@@ -137,7 +138,8 @@ def end_with_parent() -> None:
 def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> None:
     """Run all jobs and what they need, each once, those it needs first; print every command.
 
-    One runs at a time where there is a GPU, else one for every core up to 4. after_each is called
+    One runs at a time where there is a GPU, else one for every core up to 4, unless `at_once` says
+    how many. after_each is called
     whenever a job has finished, in a thread of its own: it may take seconds, in which no worker
     should wait. Raises what a job or after_each raised; the other running jobs finish first.
     """
@@ -145,7 +147,7 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> 
     if not waiting:
         return
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    workers = 1 if gpu else min(4, available_cores())
+    workers = at_once or (1 if gpu else min(4, available_cores()))
     threads = max(1, available_cores() // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     context = get_context("spawn")
@@ -172,7 +174,7 @@ def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> 
                 bar.update()
             calls.append(thread.submit(after_each))
             for call in calls:
-                if call.done() or gpu:  # a GPU has memory for one thing at a time
+                if call.done() or workers == 1:  # a GPU has memory for one thing at a time
                     call.result()
         for call in calls:
             call.result()

@@ -31,7 +31,16 @@ from model import load_model
 from model.device import choose_device, keep_freed_memory
 from run import evaluate
 
-from .common import Experiment, prepare_data, run_experiments, short_hashes, teacher_of, text_flags
+from .common import (
+    Experiment,
+    add_sweep_flags,
+    prepare_data,
+    run_experiments,
+    settled,
+    short_hashes,
+    teacher_of,
+    text_flags,
+)
 from .jobs import Job
 from .reasoning import teacher_job as reason_teacher
 from .scales import SCALES, Scale
@@ -214,17 +223,18 @@ def scale_of(preset: str, bed: str) -> Scale:
 
 
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, jobs=(1, 1000))
     parser.add_argument("--bed", choices=tuple(BEDS), default="few", help="what is learned from")
     parser.add_argument("--preset", choices=tuple(SCALES), default="standard", help="sizes, seeds")
     parser.add_argument("--search", action="store_true", help="try the knobs, make no table")
     where = Path("results/methods")
     parser.add_argument("--results", type=Path, default=where, help="folder of CSV and PNG")
+    add_sweep_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    scale = scale_of(args.preset, args.bed)
+    scale = settled(scale_of(args.preset, args.bed), args)
     if args.bed != "oracle":
         prepare_data(scale)
     elif not (Path(scale.data) / "meta.json").is_file():

@@ -93,4 +93,4 @@ def run(scale, results) -> None:
 
 
 if __name__ == "__main__":
-    command_line(lambda args: run(args.scale, args.results), preset_args(__doc__))
+    command_line(lambda args: run(args.scale, args.results), preset_args(__doc__, sweeps=False))

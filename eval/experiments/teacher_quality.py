@@ -36,7 +36,15 @@ from model import load_model
 from model.device import choose_device, keep_freed_memory
 from run import evaluate
 
-from .common import Experiment, prepare_data, run_experiments, teacher_of, text_flags
+from .common import (
+    Experiment,
+    add_sweep_flags,
+    prepare_data,
+    run_experiments,
+    settled,
+    teacher_of,
+    text_flags,
+)
 from .jobs import Job
 from .scales import SCALES, Scale
 
@@ -161,15 +169,16 @@ def write_points(scale: Scale, path: Path) -> None:
 
 
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, jobs=(1, 1000))
     parser.add_argument("--preset", choices=tuple(SCALES), default="standard", help="sizes, seeds")
     where = Path("results/methods")
     parser.add_argument("--results", type=Path, default=where, help="folder of CSV and PNG")
+    add_sweep_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    scale = replace(SCALES[args.preset], hard_steps=0)
+    scale = settled(replace(SCALES[args.preset], hard_steps=0), args)
     prepare_data(scale)
     run_experiments(experiment(scale), args.results)
     write_points(scale, args.results / "teacher_quality" / "points.csv")
