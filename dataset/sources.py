@@ -176,9 +176,11 @@ def split_documents(documents: list[tuple[str, str]], val_share: float) -> tuple
 
 def share_repeated(training: list[str], held_out: list[str]) -> float:
     """The share of the held-out text, by characters, whose paragraphs of more than SHORT stand in
-    the training text too, word for word: a loss on them says little about text never read."""
-    found = [part.strip() for text in held_out for part in text.split("\n\n")]
+    the training text too, word for word: a loss on them says little about text never read. A
+    paragraph ends at a blank line; a text without one is a single paragraph."""
+    blank = re.compile(r"\n\s*\n")
+    found = [part.strip() for text in held_out for part in blank.split(text)]
     known = {part for part in found if len(part) > SHORT}
-    parts = (part.strip() for text in training for part in text.split("\n\n"))
+    parts = (part.strip() for text in training for part in blank.split(text))
     again = {part for part in parts if part in known}
     return sum(len(part) for part in found if part in again) / max(1, sum(map(len, found)))

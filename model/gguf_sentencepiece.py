@@ -15,10 +15,11 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LEAST = -1e6  # the score of what no merge makes: single characters
 
 
-def merges_of(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+def merges_of(
+    tokens: list[str], scores: list[float], kinds: list[int], among=(NORMAL,)
+) -> list[tuple[str, str]]:
     """Every pair of tokens whose join is one, the join of the highest score first."""
-    normal = (i for i, kind in enumerate(kinds) if kind == NORMAL)
-    ids, merges = {tokens[i]: i for i in normal}, []
+    ids, merges = {tokens[i]: i for i, kind in enumerate(kinds) if kind in among}, []
     for token in sorted(ids, key=lambda token: -scores[ids[token]]):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
@@ -37,16 +38,21 @@ def read_sentencepiece(gguf, tokens: list[str], kinds: list[int]) -> Tokenizer:
     ValueError for one that cannot be read in the same way as llama.cpp reads it."""
     scores = gguf.field("tokenizer.ggml.scores", list)
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(scores) < len(tokens) or not all(isinstance(score, float) for score in scores):
+    kinds = kinds[: len(tokens)]
+    if len(scores) < len(tokens):
         raise ValueError(f"{gguf.path}: {len(scores)} scores for {len(tokens)} tokens: use another")
+    if not all(isinstance(score, float) for score in scores):
+        raise ValueError(f"{gguf.path}: its tokens' scores are no decimal numbers: use another")
     if missing := [byte for byte in BYTES if byte not in vocabulary]:
         bytes_ = f"{gguf.path}: its tokenizer has no token {missing[0]}"
         raise ValueError(f"{bytes_}, so some texts could not be written: use another model")
     merges = merges_of(tokens, scores, kinds)
+    if merges != merges_of(tokens, scores, kinds, (NORMAL, UNUSED)):
+        raise ValueError(f"{gguf.path}: others are made of its unused tokens: use another model")
     joined = {first + second for first, second in merges}
     if len({scores[vocabulary[token]] for token in joined}) < len(joined):
         raise ValueError(f"{gguf.path}: two tokens have one score, so no order: use another model")
-    unknown = next((t for t, kind in zip(tokens, kinds, strict=False) if kind == UNKNOWN), None)
+    unknown = next((t for t, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -62,8 +68,10 @@ def sentencepiece_fields(about: dict, tokens: list[str], kinds: list[int]) -> di
     of another sort, or no scores give the same merges."""
     model = about["model"]
     forms = [json.loads(spaces(prefix).__getstate__()) for prefix in (False, True)]
-    known = model.get("type") == "BPE" and model.get("byte_fallback") and not about["pre_tokenizer"]
-    if not known or about["normalizer"] not in forms or model.get("ignore_merges"):
+    other = ("ignore_merges", "end_of_word_suffix", "continuing_subword_prefix", "dropout")
+    if about["normalizer"] not in forms or about["pre_tokenizer"] or any(map(model.get, other)):
+        return None
+    if not model.get("byte_fallback") or not set(BYTES) <= set(tokens):
         return None
     special = {model.get("unk_token"): UNKNOWN, **dict.fromkeys(BYTES, BYTE)}
     kinds = [special.get(token, kind) for token, kind in zip(tokens, kinds, strict=True)]

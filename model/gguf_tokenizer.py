@@ -7,6 +7,7 @@ that cut no words (Llama 2, Mistral) are in gguf_sentencepiece.py.
 """
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
@@ -16,6 +17,7 @@ from files import as_value_error, atomic_path, check_file, write_json
 
 from .control import control_ids, read_template
 from .gguf_sentencepiece import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -63,6 +65,10 @@ def read_tokenizer(gguf) -> Tokenizer:
     kinds = gguf.field("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise ValueError(f"{gguf.path}: {len(kinds)} kinds for {len(tokens)} tokens: use another")
+    if strange := [kind for kind in kinds if type(kind) is not int or not NORMAL <= kind <= BYTE]:
+        raise ValueError(
+            f"{gguf.path}: a token is of kind {strange[0]!r:.20}, of 1 to 6: use another"
+        )
     while tokens and kinds[len(tokens) - 1] == UNUSED:  # rows of the embedding without a token
         tokens.pop()
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -82,6 +88,9 @@ def read_tokenizer(gguf) -> Tokenizer:
         index = gguf.field("tokenizer.ggml.bos_token_id", int)
         if not 0 <= index < len(tokens):
             raise ValueError(f"{gguf.path}: no token has the id {index}, which begins texts")
+        if re.search(r"[\s:$]|^$", tokens[index]):  # which mean something in a template
+            odd = f"{gguf.path}: texts begin with the token {tokens[index]!r:.40}"
+            raise ValueError(f"{odd}, whose name has a space, : or $: use another model")
         begin = (tokens[index], index)
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{begin[0]} $A", f"{begin[0]} $A {begin[0]}:1 $B:1", [begin]
@@ -140,9 +149,10 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
     allowed = (None, {"type": "NFC"}) if names[:1] == ["qwen2"] else (None,)
     fits = about["normalizer"] in allowed and bool(names)
     fits &= model.get("ignore_merges", False) == (names == ["llama-bpe"])
-    cure = f"only byte-level BPE with the words of {', '.join(CUTS)}, and SentencePiece's, are"
-    none = f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure}"
-    if model.get("type") != "BPE":
+    cure = f"use byte-level BPE with the words of {', '.join(CUTS)}, or SentencePiece's as Llama 2"
+    none = f"the tokenizer of '{folder}' is none that llama.cpp knows: {cure} has it"
+    ids, begin = control_ids(folder), tokenizer.encode("").ids
+    if model.get("type") != "BPE" or begin not in ([], [ids["bos_token_id"]]):
         raise ValueError(none)
     kinds, tokens = {}, dict(model["vocab"])
     for token in about["added_tokens"]:
@@ -156,7 +166,7 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
     fields = {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.add_bos_token": bool(tokenizer.encode("").ids),
+        "tokenizer.ggml.add_bos_token": bool(begin),
     }
     if fits:
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -166,8 +176,7 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, object]:
         fields |= other
     else:
         raise ValueError(none)
-    ids, template = control_ids(folder), read_template(folder)
-    if template is not None:
+    if (template := read_template(folder)) is not None:
         fields["tokenizer.chat_template"] = template
     for ours, theirs in CONTROL_IDS.items():
         value = ids[ours]

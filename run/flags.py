@@ -66,7 +66,8 @@ def add_common_flags(
     nonfinite = "at a loss or gradient of inf or nan: stop, or skip at most 10 batches in a row"
     add("--on_nonfinite", choices=("stop", "skip"), default="stop", help=nonfinite)
     add("--eval_every", type=int, default=100, help="steps between evaluations")
-    add("--final_eval", type=int, default=400, help="held-out sequences of the last evaluation")
+    last = "held-out sequences of the last evaluation; earlier ones take at most 100 of them"
+    add("--final_eval", type=int, default=400, help=last)
     add("--patience", type=int, default=0, help="most evaluations without a better loss; 0: any")
     parser.set_defaults(**defaults)
 

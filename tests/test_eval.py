@@ -25,7 +25,17 @@ from dataset.problems import make_problems
 from dataset.replies import read_problems
 from dataset.tokenizer import decode, encode_tagged, load_tokenizer
 from eval import chat, drawing, perplexity, plots, reasoning, report, reproduce
-from eval.experiments import cache, common, curves, jobs, methods, mode_seeking, scales, soft_labels
+from eval.experiments import (
+    cache,
+    common,
+    curves,
+    headline,
+    jobs,
+    methods,
+    mode_seeking,
+    scales,
+    soft_labels,
+)
 from eval.experiments.jobs import Job
 from eval.pictures.reasoning import percent
 from files import Finished, file_hash, lock, locks, progress, read_json
@@ -476,6 +486,14 @@ def test_a_sweep_is_told_how_many_runs_at_once_and_in_which_precision(tmp_path, 
         for _, job_of in methods.experiment(scale, bed).arms:
             whole = jobs.unfinished([job_of(0)])
             assert len(whole) > 1 and all(("dtype", "float32") in job.flags for job in whole)
+    made, asked = scales.SCALES["quick"], common.settled(scales.SCALES["quick"], args)
+    whole = jobs.unfinished([job_of(0) for _, job_of in cache.experiment(asked).arms])
+    assert all(("dtype", "float32") in job.flags for job in whole)  # the teacher's file too
+    arm, job_of = headline.experiment(made).arms[0]
+    row = {"experiment": "headline", "arm": arm, "seed": 0, "command": job_of(0).command}
+    common.append_rows(tmp_path / "headline/results.csv", [row])
+    with pytest.raises(ValueError, match="made without --dtype float32: leave --dtype out"):
+        common.run_experiments([headline.experiment(asked)], tmp_path)
 
     def pool(workers, *_):
         raise StopIteration(workers)

@@ -129,6 +129,12 @@ def test_without_a_space_before_a_text(write_gguf, tmp_path):
 @pytest.mark.parametrize("name, spoil, message", [
     ("scores", lambda x: x[:9], "9 scores for 440 tokens"),
     ("scores", lambda x: [0.0] * len(x), "two tokens have one score, so no order"),
+    ("scores", lambda x: [*range(len(x))], "scores are no decimal numbers"),
+    ("token_type", lambda x: [0] * len(x), "a token is of kind 0, of 1 to 6"),
+    ("token_type", lambda x: [9, *x[1:]], "a token is of kind 9, of 1 to 6"),
+    ("token_type", lambda x: [5 if i == 290 else k for i, k in enumerate(x)], "its unused tokens"),
+    ("tokens", lambda x: ["<begin of text>" if t == "<s>" else t for t in x], "has a space, : or"),
+    ("tokens", lambda x: ["$A" if t == "<s>" else t for t in x], "has a space, : or"),
     ("tokens", lambda x: ["other" if t == "<0x41>" else t for t in x], "no token <0x41>, so some"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_read_otherwise_is_refused(name, spoil, message, write_gguf, tmp_path):
@@ -138,12 +144,37 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(name, spoil, message, wr
     assert str(file) in str(error.value)
 
 
-def test_merges_that_no_scores_give_are_not_exported(folder, tmp_path):
-    """SentencePiece makes a token of any two that join to it; one list of merges need not."""
-    content = json.loads((folder / "tokenizer.json").read_text())
+def without_a_merge(content):
     joins = ["".join(pair) for pair in content["model"]["merges"]]
     several = next(i for i, token in enumerate(joins) if joins.count(token) > 1)
     del content["model"]["merges"][several]
+
+
+def without_a_byte(content):
+    vocab = content["model"]["vocab"]
+    vocab["other"] = vocab.pop("<0x41>")
+
+
+def with_ends_of_words(content):
+    content["model"]["end_of_word_suffix"] = "c"
+
+
+def with_an_end_of_texts(content):
+    end = {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ]
+    content["post_processor"] |= {"single": single, "pair": single, "special_tokens": end}
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_a_merge, without_a_byte, with_ends_of_words, with_an_end_of_texts]
+)
+def test_what_a_gguf_cannot_say_is_not_exported(spoil, folder, tmp_path):
+    """SentencePiece makes a token of any two that join to it; one list of merges need not."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    spoil(content)
     spoilt = tmp_path / "spoilt"
     save_model(random_model(replace(LLAMA, vocab_size=440)), spoilt, folder)
     write_json(spoilt / "tokenizer.json", content)

@@ -36,6 +36,7 @@ def cache_job(scale, teacher: Job, method: str, k: int) -> Job:
     flags = {"teacher": teacher.out, "data": scale.data, "method": method}
     flags |= {"k": k} if k else {}
     flags |= {"seq_len": scale.seq_len, "data_share": 1.0}
+    flags |= {name: value for name, value in scale.flags if name == "dtype"}
     out = f"{teacher.out}-{method}{k or ''}.cache"
     return Job("dataset.teacher_cache", out, tuple(flags.items()), (teacher,))
 

@@ -230,11 +230,17 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
         path = Path(results) / experiment.name / "results.csv"
         rows = read_rows(path)
         check_still_there(path, rows)
-        present = {(row["arm"], int(row["seed"])) for row in rows}
+        present = {(row["arm"], int(row["seed"])): row["command"] for row in rows}
         for seed in range(experiment.seeds):
             for arm, job_of in experiment.arms:
+                job = job_of(seed)
                 if (arm, seed) not in present:
-                    todo.append((experiment, path, arm, seed, job_of(seed)))
+                    todo.append((experiment, path, arm, seed, job))
+                    continue
+                asked = dict(job.flags).get("dtype")
+                if asked and f"--dtype {asked}" not in present[arm, seed]:
+                    other = f"{path} has {arm}, seed {seed}, made without --dtype {asked}"
+                    raise ValueError(f"{other}: leave --dtype out, or pass another --results")
 
     def write_finished_rows() -> None:
         for entry in list(todo):

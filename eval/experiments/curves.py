@@ -23,24 +23,22 @@ def run(scale, results) -> None:
     path = results / "curves" / "results.csv"
     present = {(row["arm"], int(row["seed"])) for row in read_rows(path)}
     size = PackedText(scale.data, "val", scale.seq_len).size
-    for arm, job_of in headline.experiment(scale).arms:
-        for seed in range(scale.seeds):
-            if arm not in ARMS or (arm, seed) in present:
-                continue
-            job = job_of(seed)
-            run_jobs([job])
-            record, lines = job.record(), read_rows(Path(job.out) / "log.csv")
-            most = record["args"]["final_eval"]
-            lines = [
-                {**line, "windows": min(EVALUATED, most, size)}
-                for line in lines
-                if line["val_loss"]
-            ]
-            final = {"step": record["steps"], "windows": min(most, size)}
-            lines.append({**record, **record["metrics"], **final})
-            row = {"experiment": "curves", "arm": arm, "seed": seed, "command": job.command}
-            names = ("step", "tokens", "val_loss", "windows", "seconds", "flops")
-            append_rows(path, [{**row, **{name: line[name] for name in names}} for line in lines])
+    missing = {
+        (arm, seed): job_of(seed)
+        for arm, job_of in headline.experiment(scale).arms if arm in ARMS
+        for seed in range(scale.seeds) if (arm, seed) not in present
+    }  # fmt: skip
+    run_jobs(list(missing.values()))
+    for (arm, seed), job in missing.items():
+        record, lines = job.record(), read_rows(Path(job.out) / "log.csv")
+        most = record["args"]["final_eval"]
+        few = {"windows": min(EVALUATED, most, size)}
+        lines = [line | few for line in lines if line["val_loss"]]
+        final = {"step": record["steps"], "windows": min(most, size)}
+        lines.append({**record, **record["metrics"], **final})
+        row = {"experiment": "curves", "arm": arm, "seed": seed, "command": job.command}
+        names = ("step", "tokens", "val_loss", "windows", "seconds", "flops")
+        append_rows(path, [{**row, **{name: line[name] for name in names}} for line in lines])
 
 
 if __name__ == "__main__":

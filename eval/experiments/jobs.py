@@ -23,8 +23,8 @@ from dataset.teacher_cache import read_header
 from files import Finished, Locked, check_unchanged, lock, progress, read_json, unlock_all
 from model.device import available_cores, give_back_memory
 
-# Of what a script writes, where it is no run's folder: what is added to the name of --out.
 at_once: int | None = None  # runs side by side, where --jobs says so
+# Of what a script writes, where it is no run's folder: what is added to the name of --out.
 RECORDS = {"dataset.teacher_cache": "", "dataset.make_traces": ".finished.json"}
 
 
@@ -138,10 +138,10 @@ def end_with_parent() -> None:
 def run_jobs(jobs: list[Job], after_each: Callable[[], None] = lambda: None) -> None:
     """Run all jobs and what they need, each once, those it needs first; print every command.
 
-    One runs at a time where there is a GPU, else one for every core up to 4, unless `at_once` says
-    how many. after_each is called
-    whenever a job has finished, in a thread of its own: it may take seconds, in which no worker
-    should wait. Raises what a job or after_each raised; the other running jobs finish first.
+    One runs at a time where there is a GPU, else one for every core up to 4, or as many as
+    `at_once` says. after_each is called whenever a job has finished, in a thread of its own: it may
+    take seconds, in which no worker should wait. Raises what a job or after_each raised; the other
+    running jobs finish first.
     """
     waiting = unfinished(jobs)
     if not waiting:
