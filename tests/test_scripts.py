@@ -244,10 +244,12 @@ def test_bfloat16_is_close_to_float32(name, prepared_folder, teacher, tmp_path):
     assert coarse != exact
 
 
+@pytest.mark.parametrize("most", (2, 5))
 @pytest.mark.parametrize("name", ("pretrain", "distill", "reason"))
-def test_the_last_evaluation_is_of_as_many_as_asked(
-    name, prepared_folder, teacher, tmp_path, monkeypatch
+def test_evaluations_are_of_as_many_as_asked(
+    name, most, prepared_folder, teacher, tmp_path, monkeypatch
 ):
+    """The last one of --final_eval; those before it of no more than that, and of EVALUATED."""
     script, *words = argv_of(name, prepared_folder, teacher)
     seen = []
 
@@ -256,8 +258,9 @@ def test_the_last_evaluation_is_of_as_many_as_asked(
         return {"val_loss": 1.0, "teacher_loss": 1.0}
 
     monkeypatch.setattr(run.training, "evaluate", evaluate)
-    run_script(script, *words, "--final_eval", "2", "--out", tmp_path / "run")
-    assert seen[-1] == 2 < seen[0]
+    monkeypatch.setattr(run.training, "EVALUATED", 3)
+    run_script(script, *words, "--final_eval", str(most), "--out", tmp_path / "run")
+    assert seen[-1] == most and set(seen[:-1]) == {min(3, most)}
 
 
 def test_answers_only_learns_no_trace(prepared_folder, teacher, tmp_path):
