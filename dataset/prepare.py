@@ -162,9 +162,6 @@ def main(args) -> None:
         raise ValueError(f"all of the text stands in --held_out {args.held_out}: add other text")
     else:
         training, validation = ([text for _, text in x] for x in (documents, held_out))
-    if (repeated := share_repeated(training, validation)) > NOTABLE:
-        cure = "take that out before you believe a held-out loss"
-        print(f"{repeated:.0%} of the held-out text is in the training text, word for word: {cure}")
     # 2. Reasoning problems; and is it made already?
     reasoning = reasoning_lines(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
@@ -180,6 +177,9 @@ def main(args) -> None:
         paths = files.tokenizer_paths(args.tokenizer)
         made_from["tokenizer_files"] = {path.name: files.known_hash(path) for path in paths}
     check_prepared(args.out, made_from, args.overwrite)
+    if (repeated := share_repeated(training, validation)) > NOTABLE:
+        cure = "take that out before you believe a held-out loss"
+        print(f"{repeated:.0%} of the held-out text is in the training text, word for word: {cure}")
     with atomic_folder(args.out, "meta.json", stale=TOKENIZER_FILES) as out:
         for split, lines in reasoning.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from files import atomic_path, check_file, file_hash, known_hash, printable, read_json, write_json
@@ -178,9 +178,11 @@ def share_repeated(training: list[str], held_out: list[str]) -> float:
     """The share of the held-out text, by characters, whose paragraphs of more than SHORT stand in
     the training text too, word for word: a loss on them says little about text never read. A
     paragraph ends at a blank line; a text without one is a single paragraph."""
-    blank = re.compile(r"\n\s*\n")
-    found = [part.strip() for text in held_out for part in blank.split(text)]
+
+    def paragraphs(texts: list[str]) -> Iterator[str]:
+        return (part.strip() for text in texts for part in re.split(r"\n\s*\n", text))
+
+    found = list(paragraphs(held_out))
     known = {part for part in found if len(part) > SHORT}
-    parts = (part.strip() for text in training for part in blank.split(text))
-    again = {part for part in parts if part in known}
+    again = {part for part in paragraphs(training) if part in known}
     return sum(len(part) for part in found if part in again) / max(1, sum(map(len, found)))

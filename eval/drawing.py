@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from eval.experiments.common import read_rows
+from eval.experiments.rows import read_rows
 
 # Okabe & Ito's colours, distinct for every kind of colour vision; shapes tell them apart in grey.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"

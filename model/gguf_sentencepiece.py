@@ -47,7 +47,7 @@ def read_sentencepiece(gguf, tokens: list[str], kinds: list[int]) -> Tokenizer:
         bytes_ = f"{gguf.path}: its tokenizer has no token {missing[0]}"
         raise ValueError(f"{bytes_}, so some texts could not be written: use another model")
     merges = merges_of(tokens, scores, kinds)
-    if merges != merges_of(tokens, scores, kinds, (NORMAL, UNUSED)):
+    if UNUSED in kinds and merges != merges_of(tokens, scores, kinds, (NORMAL, UNUSED)):
         raise ValueError(f"{gguf.path}: others are made of its unused tokens: use another model")
     joined = {first + second for first, second in merges}
     if len({scores[vocabulary[token]] for token in joined}) < len(joined):

@@ -56,7 +56,7 @@ def read_tokenizer(gguf) -> Tokenizer:
     """The tokenizer of a model.gguf_read.GGUF. Raises ValueError for one of another kind."""
     kind = gguf.field("tokenizer.ggml.model", str)
     name = gguf.field("tokenizer.ggml.pre", str, "") if kind == "gpt2" else kind
-    cut = CUTS.get(name) if kind == "gpt2" else None
+    cut = CUTS.get(name) if kind == "gpt2" else None  # SentencePiece's cuts no words
     if cut is None and kind != "llama":
         unknown = f"{gguf.path}: its tokenizer is of kind '{name or 'unnamed'}'"
         cure = f"use one of kind llama, or whose tokenizer.ggml.pre is {', '.join(CUTS)}"
@@ -84,7 +84,7 @@ def read_tokenizer(gguf) -> Tokenizer:
         for token, kind in zip(tokens, kinds, strict=False)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ])  # fmt: skip
-    if gguf.field("tokenizer.ggml.add_bos_token", bool, cut in (None, LLAMA3)):
+    if gguf.field("tokenizer.ggml.add_bos_token", bool, cut in (None, LLAMA3)):  # its default
         index = gguf.field("tokenizer.ggml.bos_token_id", int)
         if not 0 <= index < len(tokens):
             raise ValueError(f"{gguf.path}: no token has the id {index}, which begins texts")

@@ -13,7 +13,8 @@ from dataset import prepare
 from dataset.tokenizer import encode, train_tokenizer
 from eval import chat, drawing, plots
 from eval.experiments import soft_labels
-from eval.experiments.common import read_rows, teacher_of
+from eval.experiments.common import teacher_of
+from eval.experiments.rows import read_rows
 from eval.experiments.scales import QUICK
 from files import command_line, printable
 

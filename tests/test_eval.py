@@ -36,6 +36,7 @@ from eval.experiments import (
     scales,
     soft_labels,
 )
+from eval.experiments import rows as sheet
 from eval.experiments.jobs import Job
 from eval.pictures.reasoning import percent
 from files import Finished, file_hash, lock, locks, progress, read_json
@@ -272,8 +273,8 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_has_its_rows(name, reproduced):
-    rows = common.read_rows(reproduced / "results" / name / "results.csv")
-    assert list(rows[0])[: len(common.COLUMNS)] == common.COLUMNS
+    rows = sheet.read_rows(reproduced / "results" / name / "results.csv")
+    assert list(rows[0])[: len(sheet.COLUMNS)] == sheet.COLUMNS
     keys = [(row["arm"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
     seeds = 2 if name in ("alpha", "reasoning") else 1
@@ -285,7 +286,7 @@ def test_every_experiment_has_its_rows(name, reproduced):
 
 def test_rows_are_those_of_the_runs(reproduced):
     """The headline's numbers are the runs' own, and plain students are measured too."""
-    rows = common.read_rows(reproduced / "results" / "headline" / "results.csv")
+    rows = sheet.read_rows(reproduced / "results" / "headline" / "results.csv")
     distilled = next(r for r in rows if r["arm"] == "distilled")
     record = read_json(reproduced / "runs/distilled-from-teacher-nano-s0-T1-a0.5/run.json")
     assert float(distilled["val_loss"]) == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
@@ -295,7 +296,7 @@ def test_rows_are_those_of_the_runs(reproduced):
 
 def test_equal_cost_is_what_the_distilled_student_cost(reproduced):
     path = reproduced / "results" / "headline" / "results.csv"
-    rows = {row["arm"]: row for row in common.read_rows(path)}
+    rows = {row["arm"]: row for row in sheet.read_rows(path)}
     for column in ("seconds", "flops"):
         for ending, arms in (("", ["distilled"]), (" and teacher", ["distilled", "teacher"])):
             words = shlex.split(rows[f"equal {column}{ending}"]["command"])
@@ -310,7 +311,7 @@ def test_equal_cost_is_what_the_distilled_student_cost(reproduced):
 def test_rows_say_what_runs_were_made_from(reproduced):
     """The first digits of the hashes of data, tokenizer and teacher, and what the run cost."""
     for name, arm in (("headline", "distilled"), ("reasoning", "traces and KL")):
-        rows = common.read_rows(reproduced / "results" / name / "results.csv")
+        rows = sheet.read_rows(reproduced / "results" / name / "results.csv")
         row = next(row for row in rows if row["arm"] == arm)
         teacher = shlex.split(row["command"])
         teacher = reproduced.parent.parent / teacher[teacher.index("--teacher") + 1]
@@ -321,7 +322,7 @@ def test_rows_say_what_runs_were_made_from(reproduced):
         assert float(row["flops"]) > 1e6
         plain = next(row for row in rows if row["arm"] in ("plain", "answers alone"))
         assert plain["teacher_sha256"] == "" and len(plain["data_sha256"]) == 12
-    assert common.short_hashes({"teacher_sha256": ["a" * 64, "b" * 64]}) == {
+    assert sheet.short_hashes({"teacher_sha256": ["a" * 64, "b" * 64]}) == {
         "data_sha256": "",
         "tokenizer_sha256": "",
         "teacher_sha256": "a" * 12 + " " + "b" * 12,
@@ -329,7 +330,7 @@ def test_rows_say_what_runs_were_made_from(reproduced):
 
 
 def test_what_a_cache_costs_and_loses(reproduced):
-    rows = {r["arm"]: r for r in common.read_rows(reproduced / "results" / "cache" / "results.csv")}
+    rows = {r["arm"]: r for r in sheet.read_rows(reproduced / "results" / "cache" / "results.csv")}
     assert {arm: float(row["bytes_per_token"]) for arm, row in rows.items()} == {
         "hidden": 128,
         "topk 4": 18,
@@ -491,7 +492,7 @@ def test_a_sweep_is_told_how_many_runs_at_once_and_in_which_precision(tmp_path, 
     assert all(("dtype", "float32") in job.flags for job in whole)  # the teacher's file too
     arm, job_of = headline.experiment(made).arms[0]
     row = {"experiment": "headline", "arm": arm, "seed": 0, "command": job_of(0).command}
-    common.append_rows(tmp_path / "headline/results.csv", [row])
+    sheet.append_rows(tmp_path / "headline/results.csv", [row])
     with pytest.raises(ValueError, match="made without --dtype float32: leave --dtype out"):
         common.run_experiments([headline.experiment(asked)], tmp_path)
 
@@ -626,7 +627,7 @@ def measured(*losses, **columns):
 def title_of(results, name: str, arms: dict[str, list[dict]]) -> str:
     """What is written over the picture of these rows."""
     for arm, rows in arms.items():
-        common.append_rows(results / name / "results.csv", [{"arm": arm, **row} for row in rows])
+        sheet.append_rows(results / name / "results.csv", [{"arm": arm, **row} for row in rows])
     figure = plots.plt.figure()
     plots.PICTURES[name][0](results, figure)
     title = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
@@ -713,15 +714,15 @@ def test_tag_weights_are_drawn_where_there_are_several(tmp_path):
                 for seed, share in enumerate(shares)]  # fmt: skip
 
     path = tmp_path / "reasoning" / "results.csv"
-    common.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
+    sheet.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
     assert not plots.is_measured(tmp_path, "tag_weight")
-    common.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.2, 0.3)])
+    sheet.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.2, 0.3)])
     assert plots.is_measured(tmp_path, "tag_weight")
     title = "A tag weight of 10 costs 40 points at 3 steps:\n65% exact at 1, 25% at 10"
     assert title_of(tmp_path, "tag_weight", {}) == title
     path.unlink()  # the same means, but one arm's spread is as large as the difference
-    common.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
-    common.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.0, 0.5)])
+    sheet.append_rows(path, [{"arm": "traces, tag 1", **row} for row in rows(0.6, 0.7)])
+    sheet.append_rows(path, [{"arm": "traces, tag 10", **row} for row in rows(0.0, 0.5)])
     title = "Seeds do not tell a tag weight of 10 from 1 at 3 steps:\n65% exact at 1, 25% at 10"
     assert title_of(tmp_path, "tag_weight", {}) == title
 
@@ -755,9 +756,9 @@ def test_the_curves_say_when_the_plain_student_is_passed(tmp_path, distilled, ga
 def test_csv_rows_keep_their_columns(tmp_path):
     path = tmp_path / "x" / "results.csv"
     row = {"experiment": "e", "arm": "a", "seed": 0, "extra": 0.1234567891}
-    common.append_rows(path, [row, row])
-    common.append_rows(path, [{"experiment": "e", "arm": "b", "seed": 0, "unknown": 1}])
-    common.append_rows(path, [{**row, "extra": 2.0}])  # another sweep has written it
+    sheet.append_rows(path, [row, row])
+    sheet.append_rows(path, [{"experiment": "e", "arm": "b", "seed": 0, "unknown": 1}])
+    sheet.append_rows(path, [{**row, "extra": 2.0}])  # another sweep has written it
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["arm"] for row in rows] == ["a", "a", "b"]

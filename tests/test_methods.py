@@ -16,7 +16,7 @@ from dataset import oracle
 from eval import plots
 from eval.experiments import common
 from eval.experiments import methods as experiment
-from eval.experiments.common import COLUMNS, inputs_of, read_rows
+from eval.experiments.rows import COLUMNS, inputs_of, read_rows
 from eval.experiments.scales import SCALES
 from eval.gains import beside, curve, gains, is_told_apart, sorted_arms
 from eval.methods_table import about, arms_table, methods_table, shown, write_table

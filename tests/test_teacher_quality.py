@@ -10,7 +10,7 @@ import torch
 
 from eval import plots
 from eval.experiments import common, scales, softened, teacher_quality
-from eval.experiments.common import read_rows
+from eval.experiments.rows import read_rows
 from eval.pictures.methods import PICTURES, rank_correlation
 from files import Finished
 from model import load_model

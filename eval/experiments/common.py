@@ -1,4 +1,4 @@
-"""What the experiments share: the jobs they are made of, and their rows in a CSV.
+"""What the experiments share: the jobs they are made of, their rows, and their command line.
 
 Every experiment is a list of arms; an arm is a name and, for a seed, a Job. `run_experiments` runs
 what is missing and appends one row per finished run; a row that is there already is left alone.
@@ -7,8 +7,6 @@ procedure, not of the student alone.
 """
 
 import argparse
-import csv
-import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,30 +15,16 @@ from pathlib import Path
 
 from dataset import prepare
 from dataset.packing import PackedText
-from files import (
-    Finished,
-    check_ranges,
-    command_line,
-    known_hash,
-    lock,
-    new_parser,
-    read_json,
-    unlock,
-)
+from files import Finished, check_ranges, command_line, new_parser, read_json
 from files.atomic import check_path
-from model import load_model, weights_hash
+from model import load_model
 from model.device import choose_device, give_back_memory, keep_freed_memory
 from run import evaluate
 
 from . import jobs
 from .jobs import Job, run_jobs
+from .rows import append_rows, check_still_there, read_rows, short_hashes
 from .scales import SCALES, Scale
-
-COLUMNS = (
-    "experiment arm seed student_params teacher_params tokens temperature alpha val_loss "
-    "perplexity bits_per_byte agreement kl ece seconds peak_memory_mb flops"
-).split()
-
 
 # Jobs.
 
@@ -106,16 +90,6 @@ def run_row(job: Job) -> dict:
     }
 
 
-def short_hashes(sources: dict) -> dict[str, str]:
-    """The first digits of what a run was made from; of several teachers, one after another."""
-    columns = {}
-    for name in ("data_sha256", "tokenizer_sha256", "teacher_sha256"):
-        hashes = sources.get(name, [])
-        hashes = [hashes] if isinstance(hashes, str) else hashes
-        columns[name] = " ".join(value[:12] for value in hashes)
-    return columns
-
-
 def reference(scale: Scale, job: Job) -> Job:
     """The teacher beside which a run is measured that had none: the one of its seed."""
     return teacher_of(scale, dict(job.flags)["seed"])
@@ -134,80 +108,6 @@ def text_row(scale: Scale, job: Job) -> dict:
         metrics = evaluate(student, batches, text.bytes_per_token, teacher)
     more = {"best_val_loss": job.record()["best_val_loss"]}
     return {**more, "data_share": args["data_share"], **run_row(job), **metrics}
-
-
-def read_rows(path: Path) -> list[dict]:
-    """All rows of a CSV, as text; none where there is no file yet. Raises ValueError for a file
-    that is no CSV, or has a row of another length than its first line."""
-    if not Path(path).is_file():
-        return []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV ({error}): make it again") from None
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise ValueError(f"{path}: row {number} has more or fewer columns than the first line")
-    return rows
-
-
-def inputs_of(row: dict) -> list[tuple[str, str]]:
-    """What a row was made from: "--data out/data" and the first digits of its hash, ..."""
-    words, found = shlex.split(row.get("command", "")), []
-    if row.get("problems_sha256"):
-        found.append(("test problems", row["problems_sha256"]))
-    for flag, column in (("--data", "data_sha256"), ("--teacher", "teacher_sha256")):
-        if flag in words and row.get(column):  # earlier versions wrote no hashes
-            paths = words[words.index(flag) + 1].split(",")  # several teachers
-            # A chain has more hashes than it was given folders: of its own phases, which come last.
-            pairs = zip(paths, row[column].split(), strict=False)
-            found += [(f"{flag} {path}", digest) for path, digest in pairs]
-    return found
-
-
-def check_still_there(path: Path, rows: list[dict]) -> None:
-    """Raise ValueError where data or teachers that rows were made from have changed since. Those
-    that are gone are not asked for: the table may be all that was kept."""
-    for name, digest in dict(found for row in rows for found in inputs_of(row)).items():
-        flag, _, place = name.partition(" ")
-        if flag == "--data" and Path(place).is_file():
-            now = known_hash(place)
-        elif flag == "--data" and (meta := Path(place, "meta.json")).is_file():
-            now = read_json(meta, train=dict)["train"].get("sha256", "")
-        elif flag == "--teacher" and Path(place, "config.json").is_file():
-            now = weights_hash(place)
-        else:
-            continue
-        if not now.startswith(digest):
-            other = f"{path} has rows made with {name} of sha256 {digest}, now it has {now[:12]}"
-            raise ValueError(f"{other}: move that file, or pass another --results")
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add rows; the first one settles the columns. Those whose arm and seed are there already are
-    left out: another sweep, sharing the work, has written them. Raises ValueError where the rows
-    that are there were made from other data or another teacher of the same name."""
-    lock(path, wait=True)
-    try:
-        known = read_rows(path)
-        before = {key: digest for row in known for key, digest in inputs_of(row)}
-        for name, digest in (found for row in rows for found in inputs_of(row)):
-            if (made := before.get(name, digest)) != digest:
-                other = f"{path} has rows made with {name} of sha256 {made}, now it has {digest}"
-                raise ValueError(f"{other}: move that file, or pass another --results")
-        present = {(row["arm"], row["seed"]) for row in known}
-        rows = [row for row in rows if (row["arm"], str(row["seed"])) not in present]
-        columns = list(known[0]) if known else [*dict.fromkeys([*COLUMNS, *rows[0]])]
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            if not known:
-                writer.writeheader()
-            for row in rows:
-                short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow(short)
-    finally:
-        unlock(path)
 
 
 @dataclass(frozen=True)
@@ -230,7 +130,7 @@ def run_experiments(experiments: list[Experiment], results: Path) -> None:
         path = Path(results) / experiment.name / "results.csv"
         rows = read_rows(path)
         check_still_there(path, rows)
-        present = {(row["arm"], int(row["seed"])): row["command"] for row in rows}
+        present = {(row["arm"], int(row["seed"])): row.get("command", "") for row in rows}
         for seed in range(experiment.seeds):
             for arm, job_of in experiment.arms:
                 job = job_of(seed)
@@ -272,9 +172,8 @@ def settled(scale: Scale, args) -> Scale:
     """`scale` with the flags of `add_sweep_flags`. Raises ValueError for --jobs 0."""
     check_ranges(args, jobs=(1, 1000))
     jobs.at_once = args.jobs
-    return (
-        scale if args.dtype is None else replace(scale, flags=(*scale.flags, ("dtype", args.dtype)))
-    )
+    more = () if args.dtype is None else (("dtype", args.dtype),)
+    return replace(scale, flags=(*scale.flags, *more))
 
 
 def preset_args(description: str, argv=None, sweeps: bool = True) -> argparse.Namespace:

@@ -13,8 +13,9 @@ from dataset.packing import PackedText
 from run.training import EVALUATED
 
 from . import headline
-from .common import append_rows, experiment_main, read_rows
+from .common import experiment_main
 from .jobs import run_jobs
+from .rows import append_rows, read_rows
 
 ARMS = ("teacher", "plain", "distilled")
 

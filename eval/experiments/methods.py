@@ -37,12 +37,12 @@ from .common import (
     prepare_data,
     run_experiments,
     settled,
-    short_hashes,
     teacher_of,
     text_flags,
 )
 from .jobs import Job
 from .reasoning import teacher_job as reason_teacher
+from .rows import short_hashes
 from .scales import SCALES, Scale
 
 BUDGETS = (1, 1.5, 2, 3, 4, 6)  # of the plain student, times the steps of the others

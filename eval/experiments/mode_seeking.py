@@ -25,7 +25,8 @@ from torch import Tensor
 from distill.divergences import DIVERGENCES
 from files import command_line
 
-from .common import append_rows, preset_args, read_rows
+from .common import preset_args
+from .rows import append_rows, read_rows
 
 V, STEPS, LIKELY = 32, 600, 0.01
 RATES = (0.2, 0.03)  # of the centre and of the width's logarithm, falling to 0

@@ -22,8 +22,9 @@ from dataset.packing import PackedText
 from dataset.tokenizer import decode, load_tokenizer
 from model import load_model
 
-from .common import append_rows, experiment_main, read_rows, teacher_of
+from .common import experiment_main, teacher_of
 from .jobs import run_jobs
+from .rows import append_rows, read_rows
 
 TEMPERATURES, ENTROPIES, TOP = (1.0, 2.0, 4.0), (0.0, 3.0, 5.0), 4
 WINDOWS, CHARACTERS, FREQUENT = 200, 45, 20

@@ -23,8 +23,9 @@ import train_pretrain
 from dataset import make_traces, prepare, teacher_cache
 from dataset.packing import PackedText
 from dataset.teacher_cache import HASH_BYTES
-from eval.experiments.common import Experiment, append_rows, prepare_data, run_experiments
+from eval.experiments.common import Experiment, prepare_data, run_experiments
 from eval.experiments.jobs import Job
+from eval.experiments.rows import append_rows
 from eval.experiments.scales import Scale
 from files import Finished, file_hash, known_hash, origin, read_json
 from methods import cached_teacher
