@@ -35,6 +35,7 @@ Try: --tag_weight 3, --answers_only (what are the steps worth?).
 Shapes: B batch, S sequence, N tokens with a label, V vocabulary.
 """
 
+import torch
 from torch import Tensor
 
 from dataset import add_data_flags, open_data
@@ -60,11 +61,11 @@ def compute_loss(
     if alpha > 0:  # the words of the trace
         log_probs = student_logits.log_softmax(-1)
         chosen = log_probs.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)  # (N,)
-        parts["ce"] = -(weights * chosen)[counts].sum() / total
+        parts["ce"] = -torch.where(counts, weights * chosen, 0.0).sum() / total
         loss = loss + alpha * parts["ce"]
     if alpha < 1:  # the teacher's guess at every word, as in lesson 2
         kl = kl_divergence(student_logits, teacher_logits, temperature)  # (N,)
-        parts["kl"] = (weights * kl)[counts].sum() / total
+        parts["kl"] = torch.where(counts, weights * kl, 0.0).sum() / total
         loss = loss + (1 - alpha) * temperature**2 * parts["kl"]
     return loss, parts
 
@@ -106,8 +107,8 @@ def main(args) -> dict:
             if fused:  # the same value, without the (N, V) logits
                 guess = (teacher_hidden, teacher.lm_head.weight) if teacher else None
                 loss, parts = fused_loss(
-                    hidden, student.lm_head.weight, guess, labels[chosen], args.temperature, alpha,
-                    weights, compiled=args.compile,
+                    compute_loss, (hidden, student.lm_head.weight), guess, labels[chosen], weights,
+                    args.temperature, alpha, weight=weights, compiled=args.compile,
                 )  # fmt: skip
             else:
                 teacher_logits = teacher.lm_head(teacher_hidden) if teacher else None

@@ -45,20 +45,23 @@ def compute_loss(
     student_logits = at_least_float32(student_logits)  # bfloat16 is too coarse for a softmax
     valid = labels != -100
     N = valid.sum().clamp(min=1)
+    log_probs = student_logits.log_softmax(-1)
     loss, parts = 0.0, {}
     if alpha > 0:  # the text
-        log_probs = student_logits.log_softmax(-1)
         index = labels.masked_fill(~valid, 0)[..., None]  # (B, S, 1)
-        parts["ce"] = -log_probs.gather(-1, index).squeeze(-1)[valid].sum() / N
+        chosen = log_probs.gather(-1, index).squeeze(-1)  # (B, S)
+        parts["ce"] = -torch.where(valid, chosen, 0.0).sum() / N
         loss = loss + alpha * parts["ce"]
     if alpha < 1:  # the teacher
-        student_log_probs = (student_logits / temperature).log_softmax(-1)
+        if temperature != 1:
+            log_probs = (student_logits / temperature).log_softmax(-1)
         teacher_logits = at_least_float32(teacher_logits.detach())
         teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
         teacher_probs = teacher_log_probs.exp()
-        terms = teacher_probs * (teacher_log_probs - student_log_probs)
+        terms = teacher_probs * (teacher_log_probs - log_probs)
         terms = torch.where(teacher_probs == 0, 0.0, terms)  # 0 log 0 = 0
-        parts["kl"] = terms.sum(-1)[valid].sum() / N  # sum over the vocabulary, mean over tokens
+        kl = terms.sum(-1)  # (B, S)
+        parts["kl"] = torch.where(valid, kl, 0.0).sum() / N  # mean over tokens
         loss = loss + (1 - alpha) * temperature**2 * parts["kl"]
     return loss, parts
 
@@ -82,11 +85,11 @@ def main(args) -> dict:
     for input_ids, labels in run.batches(data):  # (B, S) each
         with run.precision():
             if fused:  # the same value, without the (B, S, V) logits
-                hidden = student.model(input_ids)  # (B, S, D)
+                student_logits = (student.model(input_ids), student.lm_head.weight)  # unmultiplied
                 guess = (teacher.model(input_ids), teacher.lm_head.weight) if teacher else None
                 loss, parts = fused_loss(
-                    hidden, student.lm_head.weight, guess, labels, args.temperature, args.alpha,
-                    compiled=args.compile,
+                    compute_loss, student_logits, guess, labels, args.temperature, args.alpha,
+                    weight=labels != -100, compiled=args.compile,
                 )  # fmt: skip
             else:
                 student_logits = student(input_ids)  # (B, S, V)

@@ -17,6 +17,7 @@ Try: --learning_rate 0.1 (too fast), --data_share 0.1 (when does the held-out lo
 Next: train_distillation.py. Shapes: B batch, S sequence, N valid tokens, V vocabulary, D width.
 """
 
+import torch
 from torch import Tensor
 
 from dataset import add_data_flags, open_data
@@ -32,7 +33,7 @@ def compute_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tens
     valid = labels != -100
     log_probs = at_least_float32(logits).log_softmax(-1)  # bfloat16 is too coarse
     chosen = log_probs.gather(-1, labels.masked_fill(~valid, 0)[..., None]).squeeze(-1)  # (B, S)
-    ce = -chosen[valid].sum() / valid.sum().clamp(min=1)
+    ce = -torch.where(valid, chosen, 0.0).sum() / valid.sum().clamp(min=1)
     return ce, {"ce": ce}
 
 
@@ -58,8 +59,10 @@ def main(args) -> dict:
     for input_ids, labels in run.batches(data):  # (B, S) each
         with run.precision():
             if fused:  # the same value, without the (B, S, V) logits
-                hidden, head = student.model(input_ids), student.lm_head.weight
-                loss, parts = fused_loss(hidden, head, None, labels, compiled=args.compile)
+                logits = (student.model(input_ids), student.lm_head.weight)  # unmultiplied
+                loss, parts = fused_loss(
+                    compute_loss, logits, labels, weight=labels != -100, compiled=args.compile
+                )
             else:
                 logits = student(input_ids)  # (B, S, V)
                 loss, parts = compute_loss(logits, labels)

@@ -112,9 +112,12 @@ class Pair(Bench):
         return train_distillation.compute_loss(logits, teacher_logits, self.labels, 1.0, 0.5)
 
     def fused(self):
-        hidden, head = self.student.model(self.input_ids), self.student.lm_head.weight
+        logits = self.student.model(self.input_ids), self.student.lm_head.weight
         guess = self.teacher.model(self.input_ids), self.teacher.lm_head.weight
-        return fused_loss(hidden, head, guess, self.labels, alpha=0.5, compiled=self.compiled)
+        return fused_loss(
+            train_distillation.compute_loss, logits, guess, self.labels, 1.0, 0.5,
+            weight=self.labels != -100, compiled=self.compiled,
+        )  # fmt: skip
 
     def cached(self, method: str, kept):
         logits = self.student(self.input_ids)
@@ -150,7 +153,10 @@ def loss_alone(size: str, device, ways: Ways) -> Variants:
         return train_distillation.compute_loss(logits, teacher_logits, labels, 1.0, 0.5)
 
     def fused():
-        return fused_loss(hidden, head, (teacher_hidden, teacher_head), labels, alpha=0.5)
+        return fused_loss(
+            train_distillation.compute_loss, (hidden, head), (teacher_hidden, teacher_head),
+            labels, 1.0, 0.5, weight=labels != -100,
+        )  # fmt: skip
 
     def step(loss_of) -> int:
         loss_of()[0].backward()

@@ -20,7 +20,7 @@ from .log import Log
 from .meter import Meter
 from .optimizer import Optimizer, learning_rate
 
-LOG_EVERY, TRIM_EVERY = 10, 100  # steps between logged ones, and between returns of freed memory
+LOG_EVERY, TRIM_EVERY = 10, 1000  # steps between logged ones, and between returns of freed memory
 MOST_SKIPPED = 10  # batches in a row, with --on_nonfinite skip
 CURE = "lower --learning_rate ({:g}), or try --grad_clip 0.1"
 EVALUATED = 100  # held-out sequences of an evaluation during training, or --final_eval if less

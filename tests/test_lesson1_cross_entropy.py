@@ -98,7 +98,8 @@ def test_all_ways_agree(mask):
     logits, labels = random_logits(2, 4, 5).requires_grad_(), random_labels(mask=mask)
     valid = labels != IGNORE
     per_token = cross_entropy(logits, labels)
-    fused, fused_parts = fused_loss(logits, torch.eye(5).double(), None, labels, chunk=3)
+    eye = torch.eye(5).double()  # a head of which hidden states are logits
+    fused, fused_parts = fused_loss(compute_loss, (logits, eye), labels, weight=valid, chunk=3)
     ways = {
         "lesson": compute_loss(logits, labels)[0],
         "mean of every token": per_token.sum() / valid.sum().clamp(min=1),
@@ -185,7 +186,8 @@ def test_nan_at_a_valid_token_is_not_hidden(where):
     assert compute_loss(logits, labels)[0].isnan()
     assert weighted_cross_entropy(logits, labels).isnan()
     # Through the fused loss: a hidden state that is NaN, and a head of one.
-    assert fused_loss(logits, torch.eye(5).double(), None, labels)[0].isnan()
+    fused = fused_loss(compute_loss, (logits, torch.eye(5).double()), labels, weight=labels != -100)
+    assert fused[0].isnan()
 
 
 # Precision.

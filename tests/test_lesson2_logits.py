@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from distill import cross_entropy, distillation_loss, fused_loss, kl_divergence, weighted_mean
-from distill.fused import chunk_loss
 from model import ModelConfig, Transformer
 from tests.explain import check, explain
 from train_distillation import compute_loss
@@ -264,8 +263,8 @@ def test_parts_have_no_factors_and_make_up_the_loss(alpha, names, temperature, m
         "kl": weighted_mean(kl_divergence(student, teacher, temperature), valid),
     }
     factors = {"ce": alpha, "kl": (1 - alpha) * temperature**2}
-    fused = fused_loss(student, torch.eye(5).double(), (teacher, torch.eye(5).double()), labels,
-                       temperature, alpha)  # fmt: skip
+    eye = torch.eye(5).double()  # a head of which hidden states are logits
+    fused = by_chunks((student, eye), (teacher, eye), labels, temperature, alpha)
     for loss, parts in (compute_loss(student, teacher, labels, temperature, alpha), fused):
         assert parts.keys() == names
         for name, value in parts.items():
@@ -288,6 +287,11 @@ def test_alpha_one_needs_no_teacher_and_alpha_zero_reads_no_label():
 # Three ways to one value and one gradient: the lesson, distill's functions and the fused loss.
 
 
+def by_chunks(student, teacher, labels, temperature, alpha, chunk=None):
+    rest = (student, teacher, labels, temperature, alpha)
+    return fused_loss(compute_loss, *rest, weight=labels != IGNORE, chunk=chunk)
+
+
 def ways(student, teacher, labels, temperature, alpha):
     valid = labels != IGNORE
     ce = weighted_mean(cross_entropy(student, labels), valid)
@@ -296,7 +300,7 @@ def ways(student, teacher, labels, temperature, alpha):
     yield compute_loss(student, teacher, labels, temperature, alpha)[0]
     yield (alpha * ce if alpha > 0 else 0.0) + ((1 - alpha) * kd if alpha < 1 else 0.0)
     if student.isfinite().all() and teacher.isfinite().all():  # a head gives no infinite logit
-        yield fused_loss(student, eye, (teacher, eye), labels, temperature, alpha, chunk=3)[0]
+        yield by_chunks((student, eye), (teacher, eye), labels, temperature, alpha, chunk=3)[0]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -324,7 +328,8 @@ def test_through_heads_the_gradients_agree_too(mask, temperature, alpha):
     teacher = random_logits(2, 4, 7, seed=5), random_logits(5, 7, seed=6, scale=0.5)
     labels = random_labels(mask=mask)
     plain = compute_loss(hidden @ head.T, teacher[0] @ teacher[1].T, labels, temperature, alpha)
-    fused = fused_loss(hidden, head, teacher if alpha < 1 else None, labels, temperature, alpha)
+    guess = teacher if alpha < 1 else None
+    fused = by_chunks((hidden, head), guess, labels, temperature, alpha)
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-9)
     found = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss, _ in (plain, fused))
     for one, two in zip(*found, strict=True):
@@ -361,16 +366,6 @@ def test_tokens_that_are_ruled_out(kind, mask, temperature, alpha):
         grad = torch.autograd.grad(loss, student)[0]
         assert grad.isfinite().all()
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-9)
-    # What the fused loss does with the logits of a chunk.
-    valid = (labels != IGNORE).double().flatten()
-    (loss, ce, kl), grad = chunk_loss(
-        student.detach().flatten(0, 1).clone(), teacher.flatten(0, 1), labels.flatten(),
-        valid / valid.sum().clamp(min=1), temperature, alpha,
-    )  # fmt: skip
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    total = torch.as_tensor(alpha * ce + (1 - alpha) * temperature**2 * kl)
-    assert total.item() == pytest.approx(loss.item())
-    torch.testing.assert_close(grad.view_as(student), expected_grad, rtol=0, atol=1e-9)
 
 
 def test_a_token_that_only_the_student_rules_out_costs_infinitely_much():
@@ -379,8 +374,6 @@ def test_a_token_that_only_the_student_rules_out_costs_infinitely_much():
     labels = torch.tensor([[0]])
     assert compute_loss(student, teacher, labels, 1.0, 0.5)[0] == math.inf
     assert distillation_loss(student, teacher) == math.inf
-    rows = student[0], teacher[0], labels[0], torch.ones(1).double()
-    assert chunk_loss(*rows, 1.0, 0.5)[0][2] == math.inf
 
 
 # Properties that the bugs of other projects would have failed.
@@ -476,7 +469,7 @@ def test_nan_at_a_valid_token_is_not_hidden(alpha, whose, many):
     eye = torch.eye(5).double()
     losses = [
         compute_loss(student, teacher, labels, 2.0, alpha)[0],
-        fused_loss(student, eye, (teacher, eye), labels, 2.0, alpha)[0],
+        by_chunks((student, eye), (teacher, eye), labels, 2.0, alpha)[0],
     ]
     if alpha == 0:
         losses.append(distillation_loss(student, teacher, labels != IGNORE, 2.0))

@@ -224,6 +224,11 @@ def slow_loss(student, teacher, labels, weights, temperature, alpha):
     return total / (sum(weights.tolist()) or 1.0)
 
 
+def by_chunks(student, teacher, labels, weights, temperature, alpha, chunk=4):
+    rest = (student, teacher, labels, weights, temperature, alpha)
+    return fused_loss(compute_loss, *rest, weight=weights, chunk=chunk)
+
+
 def ways(student, teacher, labels, weights, temperature, alpha):
     """The lesson, distill's functions, and the fused loss where a head can give these logits."""
     ce = weighted_cross_entropy(student[None], labels[None], weights[None])
@@ -233,9 +238,7 @@ def ways(student, teacher, labels, weights, temperature, alpha):
     yield compute_loss(student, teacher, labels, weights, temperature, alpha)[0]
     yield (alpha * ce if alpha > 0 else 0.0) + (kd if alpha < 1 else 0.0)
     if student.isfinite().all() and teacher.isfinite().all():
-        yield fused_loss(
-            student, eye, (teacher, eye), labels, temperature, alpha, weights, chunk=4
-        )[0]
+        yield by_chunks((student, eye), (teacher, eye), labels, weights, temperature, alpha)[0]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -278,7 +281,7 @@ def test_through_heads_the_gradients_agree_too(mask, temperature, alpha):
     plain = compute_loss(
         hidden @ head.T, teacher[0] @ teacher[1].T, labels, weights, temperature, alpha
     )
-    fused = fused_loss(hidden, head, tuple(teacher), labels, temperature, alpha, weights, chunk=4)
+    fused = by_chunks((hidden, head), tuple(teacher), labels, weights, temperature, alpha)
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-9)
     found = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss, _ in (plain, fused))
     for one, two in zip(*found, strict=True):
@@ -409,7 +412,7 @@ def test_nan_at_a_token_that_counts_is_not_hidden(alpha, whose, many):
     eye = torch.eye(5).double()
     losses = [
         *ways(student, teacher, labels, weights, 2.0, alpha),
-        fused_loss(student, eye, (teacher, eye), labels, 2.0, alpha, weights)[0],
+        by_chunks((student, eye), (teacher, eye), labels, weights, 2.0, alpha, chunk=None)[0],
     ]
     assert [bool(loss.isnan()) for loss in losses] == [heard] * 3
 

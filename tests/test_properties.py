@@ -29,7 +29,6 @@ from dataset.sources import jsonl_texts
 from dataset.teacher_cache import HEADER_BYTES, read_header
 from dataset.tokenizer import TAGS, decode, encode_tagged, load_tokenizer, special_id
 from distill import fused_loss, reasoning_weights, weighted_cross_entropy
-from distill.fused import chunk_loss
 from distill.sparse import sample, top_k
 from files import GrowingFile, read_json
 from files.atomic import parse_json
@@ -126,16 +125,12 @@ def test_losses_of_extreme_logits(batch, dtype):
     if alpha == 1:
         lesson1 = train_pretrain.compute_loss(logits, flat)[0]
         assert lesson1.item() == pytest.approx(expected, **tolerance)
-    # The fused loss: what it does with the logits of a chunk, and whole, with a hidden state for
-    # each token that is its logits and a head that is the identity.
-    values, chunk_grad = chunk_loss(
-        logits.detach(), others, flat, share / (share.sum() or 1.0), temperature, alpha
-    )
-    assert values[0].item() == pytest.approx(lesson3.item(), **tolerance)
-    torch.testing.assert_close(chunk_grad, grad, rtol=1e-4, atol=1e-5)
+    # The fused loss, with hidden states that are logits and a head that is the identity.
     if np.isfinite(student).all() and np.isfinite(teacher).all():
         eye = torch.eye(V, dtype=dtype)
-        fused, _ = fused_loss(logits, eye, (others, eye), flat, temperature, alpha, share, chunk=2)
+        rest = ((others, eye), flat, share, temperature, alpha)
+        lesson = train_distill_reason.compute_loss
+        fused, _ = fused_loss(lesson, (logits, eye), *rest, weight=share, chunk=2)
         torch.testing.assert_close(
             torch.autograd.grad(fused, logits)[0], grad, rtol=1e-4, atol=1e-5
         )
