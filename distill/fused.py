@@ -55,11 +55,15 @@ def fused_loss(
     total = torch.where(total > 0, total, 1.0)  # a batch without a token has loss 0
     ignored = (weight == 0)[:, None]
 
-    def rows_of(hidden: Tensor) -> Tensor:
-        """(N, width). What is not finite at a token that counts nothing must not reach the sums."""
-        return hidden.flatten(0, -2).masked_fill(ignored, 0.0)  # as 0 * inf is NaN
+    def part_of(x, rows: slice):
+        """Of a chunk what compute_loss is given: logits (C, V), a tensor's rows, or x itself."""
+        if isinstance(x, tuple):
+            hidden = x[0].flatten(0, -2)[rows].masked_fill(ignored[rows], 0.0)
+            return F.linear(hidden.to(dtype), x[1])
+        return x.flatten(0, dims - 1)[rows] if isinstance(x, Tensor) else x
 
-    hidden, size = rows_of(hidden), chunk or chunk_size(len(head))
+    # What is not finite at a token that counts nothing must not reach the sums: 0 * inf is NaN.
+    hidden, size = hidden.flatten(0, -2).masked_fill(ignored, 0.0), chunk or chunk_size(len(head))
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else head.dtype  # of the products
@@ -69,19 +73,10 @@ def fused_loss(
     compute_loss = compiled_once(compute_loss) if compiled else compute_loss
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head_cast = head.to(dtype)
-        flat = [
-            (rows_of(x[0]), x[1].to(dtype)) if isinstance(x, tuple)
-            else x.flatten(0, dims - 1) if isinstance(x, Tensor) else x
-            for x in others
-        ]  # fmt: skip
+        others = [(x[0], x[1].to(dtype)) if isinstance(x, tuple) else x for x in others]
         for start in range(0, max(len(hidden), 1), size):
             rows = slice(start, start + size)
-            given = [
-                F.linear(x[0][rows].to(dtype), x[1]) if isinstance(x, tuple)
-                else x[rows] if isinstance(x, Tensor) else x
-                for x in flat
-            ]  # fmt: skip
-            part = hidden[rows].to(dtype)
+            given, part = [part_of(x, rows) for x in others], hidden[rows].to(dtype)
             logits = F.linear(part, head_cast).requires_grad_()
             with torch.enable_grad():
                 chunk_loss, chunk_parts = compute_loss(logits, *given)

@@ -22,11 +22,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature {temperature} must be a positive number")
-
-
 def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
         shapes = f"student logits {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
@@ -55,7 +50,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of every token at `temperature`, without T^2: (..., V) -> (...)."""
-    check_temperature(temperature)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be a positive number")
     check_shapes(student_logits, teacher_logits)
     student_log_probs = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     teacher_logits = at_least_float32(teacher_logits.detach())

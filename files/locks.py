@@ -23,12 +23,8 @@ def check_apart(args, presets=(), is_folder: bool = True, flag: str = "out") -> 
     written = getattr(args, flag)
     out = Path(written).resolve()
     for name, value in vars(args).items():
-        is_path = (
-            name not in (flag, *NO_PATHS)
-            and isinstance(value, (str, Path))
-            and str(value) not in presets
-        )
-        if is_path and value and Path(value).exists():
+        is_path = isinstance(value, (str, Path)) and value and str(value) not in presets
+        if is_path and name not in (flag, *NO_PATHS) and Path(value).exists():
             read = Path(value).resolve()
             if out / "phases" in read.parents:  # this command made it (run/phases.py)
                 continue

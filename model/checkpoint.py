@@ -205,15 +205,10 @@ def load_for(folder, data, device="cpu", dtype=torch.float32) -> Transformer:
 
 def make_or_load(name: str, vocab_size: int, data=None, teacher=None) -> Transformer:
     """A new model of preset `name`, the folder `name`'s, or of "layers:N" that many layers of the
-    folder `teacher`'s; raises ValueError if its vocabulary is not vocab_size, or its tokenizer not
-    that of `data`."""
+    folder `teacher`'s; raises ValueError where its tokenizer is not that of `data`."""
     if (few := layers_named(name)) is not None:
         # As it is stored until the other layers are gone: it may be large.
         return take_layers(load_for(teacher, data, dtype=None), few).float()
     if name in PRESETS or not Path(name).exists():
         return Transformer(ModelConfig.preset(name, vocab_size))
-    model = load_model(name) if data is None else load_for(name, data)
-    if (found := model.config.vocab_size) != vocab_size:
-        cure = "both must use one tokenizer; train it again on this data, or start from a preset"
-        raise ValueError(f"{name} has vocabulary {found}, here {vocab_size} is needed: {cure}")
-    return model
+    return load_for(name, data)
