@@ -44,13 +44,9 @@ from run import Run, add_common_flags, add_teacher_dtype, command_line, new_pars
 
 
 def compute_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, weights: Tensor,
+    temperature: float = 1.0, alpha: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """alpha * CE + (1 - alpha) * T^2 * KL, weighted means over tokens, a scalar; and its parts.
 
     student_logits, teacher_logits (N, V); labels, weights (N,). At alpha = 1 there is no teacher.

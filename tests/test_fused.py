@@ -13,6 +13,7 @@ import train_distillation
 import train_pretrain
 from distill import fused_loss, use_fused
 from distill.fused import CHUNK, CHUNK_LOGITS, MOST_BYTES, chunk_size
+from methods import cached_teacher
 from model.device import give_back_memory, peak_memory_mb, reset_peak_memory
 
 B, S, V, D, E = 3, 7, 50, 12, 20
@@ -129,6 +130,25 @@ def test_what_stands_at_ignored_tokens_does_not_matter(bad, weighted):
     fused.backward()
     assert spoilt.grad.isfinite().all() and head.grad.isfinite().all()
     assert (spoilt.grad[2, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [4, 8, None])
+def test_any_loss_that_is_a_mean_over_tokens(chunk):
+    """Of a tensor with more dimensions, as a teacher's cache has them, a chunk's rows are taken."""
+    hidden, head, teacher, labels = tensors()
+    log_probs, ids = logits_of(*teacher).log_softmax(-1).topk(5)  # (B, S, 5)
+    rest = (1 - log_probs.exp().sum(-1)).log()  # (B, S)
+
+    def lesson(logits, labels, method, ids, log_probs, rest):
+        kept = (ids, log_probs, rest)
+        return cached_teacher.compute_loss(logits, labels, method, kept, 2.0, 0.5)
+
+    others = (labels, "tail", ids, log_probs, rest)
+    plain, parts = lesson(logits_of(hidden, head), *others)
+    fused, found = fused_loss(lesson, (hidden, head), *others, weight=labels != -100, chunk=chunk)
+    assert_same(plain, fused, (hidden, head))
+    for name, value in parts.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-9)
 
 
 def test_the_teacher_gets_no_gradient():
