@@ -36,22 +36,21 @@ def compute_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """alpha * CE + (1 - alpha) * T^2 * KL, a scalar, and its two parts.
 
-    student_logits, teacher_logits (B, S, V); labels (B, S), -100 is ignored. At alpha = 1 there
-    is no teacher.
+    student_logits, teacher_logits (B, S, V); labels (B, S), -100 is ignored. The half that alpha
+    leaves out is not computed.
     """
     student_logits = at_least_float32(student_logits)  # bfloat16 is too coarse for a softmax
-    student_log_probs = student_logits.log_softmax(-1)
     valid = labels != -100
     N = valid.sum().clamp(min=1)
     loss, parts = 0.0, {}
     if alpha > 0:  # the text
+        log_probs = student_logits.log_softmax(-1)
         index = labels.masked_fill(~valid, 0)[..., None]  # (B, S, 1)
-        chosen = student_log_probs.gather(-1, index).squeeze(-1)  # (B, S)
+        chosen = log_probs.gather(-1, index).squeeze(-1)  # (B, S)
         parts["ce"] = -torch.where(valid, chosen, 0.0).sum() / N
         loss = loss + alpha * parts["ce"]
     if alpha < 1:  # the teacher
-        if temperature != 1:
-            student_log_probs = (student_logits / temperature).log_softmax(-1)
+        student_log_probs = (student_logits / temperature).log_softmax(-1)
         teacher_logits = at_least_float32(teacher_logits.detach())
         teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
         teacher_probs = teacher_log_probs.exp()

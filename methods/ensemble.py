@@ -52,8 +52,8 @@ def compute_loss(student_logits, logits, weights, labels, combine, T, alpha, mos
     p, log_q = log_p.exp(), (student_logits / T).log_softmax(-1)
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # (B, S); 0 log 0 = 0
     kept = valid if most_disagreement is None else valid & (J <= most_disagreement)
-    loss = alpha * (ce[valid].sum() / N) + (1 - alpha) * T**2 * (kl[kept].sum() / N)
-    loss = loss + (1 - alpha) * (ce[valid & ~kept].sum() / N)
+    kept_kl, other_ce = torch.where(kept, kl, 0.0).sum(), torch.where(kept, 0.0, ce).sum()
+    loss = alpha * (ce.sum() / N) + (1 - alpha) * T**2 * (kept_kl / N) + (1 - alpha) * other_ce / N
     parts = {"ce": ce, "kl": kl, "disagreement": J, "kept": kept.float()}
     return loss, {name: values[valid].sum() / N for name, values in parts.items()}
 
