@@ -66,6 +66,7 @@ WEIGHTS = {
     "none": None,
     "some": torch.rand(B, S, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
     "one row": (torch.arange(B)[:, None].expand(B, S) == 1).double(),
+    "less than 1": torch.full((B, S), 0.01, dtype=torch.float64),
     "all 0": torch.zeros(B, S, dtype=torch.float64),
 }
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ import train_pretrain
 from dataset import make_traces
 from dataset.packing import PackedText
 from dataset.tokenizer import encode_tagged, load_tokenizer
-from distill.fused import compiled_chunk_loss
+from distill import fused_loss
+from distill.fused import compiled_once
 from files import Finished, file_hash, read_json
 from methods import cached_teacher
 from model import generate, load_model, make_or_load
@@ -110,9 +112,11 @@ def test_fused_and_plain_train_the_same(name, prepared_folder, teacher, tmp_path
     script, *flags = argv_of(name, prepared_folder, teacher)
     for fused in ("no", "yes"):
         words = ["--fused", fused, "--steps", 3, "--optimizer", "adamw"]
-        with monkeypatch.context() as patch:  # only one of the two may run
-            patch.delattr(script, "fused_loss" if fused == "no" else "compute_loss")
+        with monkeypatch.context() as patch:
+            counted = Mock(wraps=fused_loss)
+            patch.setattr(script, "fused_loss", counted)
             run_script(script, *flags, *words, "--out", tmp_path / fused)
+        assert counted.called == (fused == "yes")
     assert nearly_equal(tmp_path / "no", tmp_path / "yes")
 
 
@@ -218,14 +222,14 @@ def test_every_step_of_a_student_can_be_sampled(teacher):
 def test_compiled_runs(name, models, losses, prepared_folder, teacher, tmp_path, monkeypatch):
     """--compile reaches every model that the step runs, and the fused loss; without it nothing."""
     compiled = {"models": [], "losses": []}
-    compiled_chunk_loss.cache_clear()
+    compiled_once.cache_clear()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled["models"].append(model))
     monkeypatch.setattr(torch, "compile", lambda loss: compiled["losses"].append(loss) or loss)
     script, *flags = argv_of(name, prepared_folder, teacher)
     run_script(script, *flags, "--steps", 2, "--out", tmp_path / "plain")
     assert compiled == {"models": [], "losses": []}
     run_script(script, *flags, "--compile", "--steps", 2, "--out", tmp_path / "compiled")
-    compiled_chunk_loss.cache_clear()
+    compiled_once.cache_clear()
     assert (len(compiled["models"]), len(compiled["losses"])) == (models, losses)
     assert same_bits(tmp_path / "plain", tmp_path / "compiled")  # nothing was really compiled
 
