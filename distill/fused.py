@@ -63,7 +63,8 @@ def fused_loss(
         return x.flatten(0, dims - 1)[rows] if isinstance(x, Tensor) else x
 
     # What is not finite at a token that counts nothing must not reach the sums: 0 * inf is NaN.
-    hidden, size = hidden.flatten(0, -2).masked_fill(ignored, 0.0), chunk or chunk_size(len(head))
+    hidden = hidden.flatten(0, -2).masked_fill(ignored, 0.0)
+    size = chunk or chunk_size(len(head)) // 2  # as a formula keeps several tensors of logits
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else head.dtype  # of the products
@@ -91,6 +92,7 @@ def fused_loss(
                 head_grad.addmm_(grad.T, part)
             elif head_grad is not None:
                 head_grad += grad.T @ part  # summed over chunks in float32
+            del logits, given, grad, chunk_loss, chunk_parts  # before the next chunk's are made
     head_grad = head_grad if head_grad is None else head_grad.to(head)
     return KnownGradients.apply(hidden, head, loss, hidden_grad, head_grad), parts
 
