@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import train_distillation
 import train_pretrain
 from distill import fused_loss
 from distill.sparse import top_k
@@ -38,6 +37,7 @@ from files.atomic import check_path
 from methods import cached_teacher
 from model import ModelConfig, Transformer, generate
 from model import device as machine
+from train_distillation import compute_loss
 
 from .timing import Variants, take_turns
 
@@ -109,15 +109,13 @@ class Pair(Bench):
         logits = self.student(self.input_ids)
         with torch.no_grad():
             teacher_logits = self.teacher(self.input_ids)
-        return train_distillation.compute_loss(logits, teacher_logits, self.labels, 1.0, 0.5)
+        return compute_loss(logits, teacher_logits, self.labels, 1.0, 0.5)
 
     def fused(self):
         logits = self.student.model(self.input_ids), self.student.lm_head.weight
         guess = self.teacher.model(self.input_ids), self.teacher.lm_head.weight
-        return fused_loss(
-            train_distillation.compute_loss, logits, guess, self.labels, 1.0, 0.5,
-            weight=self.labels != -100, compiled=self.compiled,
-        )  # fmt: skip
+        options = {"weight": self.labels != -100, "compiled": self.compiled}
+        return fused_loss(compute_loss, logits, guess, self.labels, 1.0, 0.5, **options)
 
     def cached(self, method: str, kept):
         logits = self.student(self.input_ids)
@@ -150,13 +148,11 @@ def loss_alone(size: str, device, ways: Ways) -> Variants:
 
     def plain():
         logits, teacher_logits = F.linear(hidden, head), F.linear(teacher_hidden, teacher_head)
-        return train_distillation.compute_loss(logits, teacher_logits, labels, 1.0, 0.5)
+        return compute_loss(logits, teacher_logits, labels, 1.0, 0.5)
 
     def fused():
-        return fused_loss(
-            train_distillation.compute_loss, (hidden, head), (teacher_hidden, teacher_head),
-            labels, 1.0, 0.5, weight=labels != -100,
-        )  # fmt: skip
+        logits, guess = (hidden, head), (teacher_hidden, teacher_head)
+        return fused_loss(compute_loss, logits, guess, labels, 1.0, 0.5, weight=labels != -100)
 
     def step(loss_of) -> int:
         loss_of()[0].backward()
